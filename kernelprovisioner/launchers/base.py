@@ -1,0 +1,104 @@
+"""Launcher: what makes and destroys sandboxes' containers (or plain processes)."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kernelprovisioner.images import KernelImage
+from kernelprovisioner.sandbox_exit import SandboxExit
+
+
+class LaunchError(Exception):
+    """A sandbox could not be started; the text says what failed and what to do."""
+
+
+class EngineUnavailable(LaunchError):
+    """The container engine does not answer."""
+
+
+@dataclass(frozen=True)
+class LaunchRequest:
+    """What a launcher needs to know to start one sandbox.
+
+    `mount` is a host directory that becomes the work directory itself (instead of a size-limited tmpfs).
+    """
+
+    sandbox_id: str
+    image: KernelImage
+    mount: Path | None = None
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where one socket of a sandbox is reached from the host: a path (ipc) or host and port (tcp)."""
+
+    path: Path | None = None
+    host: str | None = None
+    port: int | None = None
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A sandbox whose container runs. Channel names: shell iopub stdin control hb; `supervisor` beside them.
+
+    `directory` is the sandbox's runtime directory on the host (ipc sockets `k-1` … `k-5`, `sup`).
+    """
+
+    sandbox_id: str
+    image: KernelImage
+    runtime_id: str  # container id, or "process:<pid>"
+    directory: Path
+    work_directory: str  # as the sandbox sees it
+    key: bytes  # the warm key: signs messages until the claim
+    token: str  # opens the supervisor's socket
+    supervisor: Endpoint
+    channels: dict[str, Endpoint]
+    transport: str = "ipc"
+    isolated: bool = True
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+ExitCallback = Callable[[str, SandboxExit], None]
+"""Called with sandbox id and cause, on the loop, once for each sandbox whose container (PID 1) ended.
+
+Not for one that `destroy()` ends, nor for one whose `launch()` failed; it may come before `launch()` has returned to
+its caller."""
+
+
+class Launcher(abc.ABC):
+    """Makes and destroys sandboxes. All methods may be called concurrently; none blocks the loop."""
+
+    name: str
+
+    @abc.abstractmethod
+    async def start(self, on_exit: ExitCallback) -> None:
+        """Connect, reap what dead owners left, begin to watch for exits. Raises EngineUnavailable."""
+
+    @abc.abstractmethod
+    async def launch(self, request: LaunchRequest) -> Launched:
+        """Start one sandbox and return once its container runs (its kernel may still be starting).
+
+        Raises LaunchError; whatever was half made is gone by then.
+        """
+
+    @abc.abstractmethod
+    async def claimed(self, launched: Launched) -> None:
+        """The sandbox was claimed: give it its full share of CPU. Never raises for one that died meanwhile."""
+
+    @abc.abstractmethod
+    async def destroy(self, launched: Launched) -> None:
+        """Remove container and runtime directory; returns once the engine has confirmed it. Idempotent."""
+
+    @abc.abstractmethod
+    def oom_events(self, launched: Launched) -> int:
+        """How many processes of this sandbox were killed at its memory limit, as far as is known by now.
+
+        The kernel process may die of it while PID 1 lives on, so that no container ends; Sandbox asks here for why.
+        """
+
+    @abc.abstractmethod
+    async def stop(self) -> None:
+        """Stop watching and release all that start() took (sandboxes must have been destroyed before)."""
