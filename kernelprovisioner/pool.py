@@ -1,0 +1,372 @@
+"""SandboxPool: warm sandboxes of one kernel image, claims, the waiting line, refill and eviction.
+
+All decisions are PoolState's; here is the I/O around them. Every task is owned by the pool and ends with stop().
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import secrets
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, assert_never
+
+from kernelprovisioner import sizing
+from kernelprovisioner.images import KernelImage, PoolBounds
+from kernelprovisioner.launchers.base import LaunchError, LaunchRequest
+from kernelprovisioner.pool_events import (
+    ClaimAbandoned,
+    ClaimAsked,
+    ClaimFailed,
+    ClaimSettled,
+    Event,
+    Evict,
+    Exited,
+    Give,
+    Instruction,
+    Refusal,
+    Refuse,
+    Released,
+    Remove,
+    Removed,
+    Source,
+    Start,
+    Started,
+    StartFailed,
+    Stop,
+    Tick,
+    Touched,
+    WakeAt,
+)
+from kernelprovisioner.pool_state import PoolState
+from kernelprovisioner.sandbox import ClaimError, ClaimRequest, Sandbox, Sandboxes, SandboxState
+from kernelprovisioner.sandbox_exit import ExitCause, SandboxExit
+
+logger = logging.getLogger(__name__)
+
+#: A request that no sandbox accepts must not use up the pool.
+_CLAIM_ATTEMPTS = 3
+_RELEASE_SECONDS = 30.0
+_FIRST_GUESS_OF_START_SECONDS = 3.0
+
+
+class PoolError(Exception):
+    """A claim ended without a sandbox, through no fault of the sandboxes."""
+
+
+class PoolFull(PoolError):
+    """The waiting line is as long as it may get; `retry_after` is in seconds."""
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class ClaimTimeout(PoolError):
+    """No sandbox became free before the claim's deadline; `retry_after` is in seconds."""
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class PoolStopped(PoolError):
+    """The pool hands out nothing any more: the gateway drains."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolClaim:
+    """A sandbox that is personal now, where it came from, and how long the whole claim took."""
+
+    sandbox: Sandbox
+    source: Source
+    waited_ms: float
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """A claim that is under way: `answer` is what the state decided for it."""
+
+    answer: asyncio.Future[tuple[Sandbox, Source] | Exception]
+    mount: Path | None
+
+
+class SandboxPool:
+    """Keeps sandboxes of one image warm and hands each of them out once.
+
+    `bounds` are the image's own unless given; `line_bound` (default 4 × max) bounds the waiting line, `concurrency` the
+    starts under way, `start_timeout` (seconds) each of them.
+    """
+
+    def __init__(
+        self,
+        image: KernelImage,
+        sandboxes: Sandboxes,
+        *,
+        bounds: PoolBounds | None = None,
+        line_bound: int | None = None,
+        concurrency: int = 2,
+        start_timeout: float = 60.0,
+    ) -> None:
+        bounds = bounds or image.pool
+        self.image = image
+        #: told before an idle sandbox is taken from its holder, so that its session can say so at its next call
+        self.on_evict: Callable[[Sandbox, SandboxExit], None] | None = None
+        self._launching = sandboxes
+        self._start_timeout = start_timeout
+        self._state = PoolState(
+            minimum=bounds.min,
+            maximum=bounds.max,
+            line_bound=4 * bounds.max if line_bound is None else line_bound,
+            concurrency=concurrency,
+            new_id=lambda: secrets.token_hex(8),
+        )
+        self._numbers = itertools.count(1)
+        self._waiting: dict[int, _Waiting] = {}
+        self._sandboxes: dict[str, Sandbox] = {}
+        self._causes: dict[str, SandboxExit] = {}  # as the releaser told them
+        self._starts: dict[str, asyncio.Task[None]] = {}
+        self._removals: dict[str, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._start_seconds = _FIRST_GUESS_OF_START_SECONDS
+        self._last_error: LaunchError | None = None
+        self._claims: Counter[Source] = Counter()
+        self._evictions = 0
+        self._failed_starts = 0
+
+    async def start(self) -> None:
+        """Begin to fill the pool in the background; returns at once."""
+        self._handle(Tick())
+
+    async def stop(self, timeout: float = 60.0) -> None:
+        """Refuse all that wait, destroy every sandbox and return once the engine has confirmed it. Idempotent."""
+        self._handle(Stop())
+        if self._timer is not None:
+            self._timer.cancel()
+        deadline = self._now() + timeout
+        try:
+            while self._tasks and (left := deadline - self._now()) > 0:
+                await asyncio.wait(self._tasks, timeout=left)
+        finally:
+            if self._tasks:
+                left_over = sorted(self._state.members)
+                logger.error("pool %s: not confirmed as removed: %s", self.image.name, ", ".join(left_over))
+            for task in list(self._tasks):
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def claim(
+        self, owner: str, request: ClaimRequest, *, timeout: float = 120.0, mount: Path | None = None
+    ) -> PoolClaim:
+        """Return a sandbox that is personal for `request`; with `mount` one that was started for it alone.
+
+        Raises PoolFull, ClaimTimeout after `timeout` seconds, PoolStopped, and LaunchError where none can be started.
+        """
+        asked = self._now()
+        number = next(self._numbers)
+        waiting = self._waiting[number] = _Waiting(asyncio.get_running_loop().create_future(), mount)
+        try:
+            async with asyncio.timeout(timeout):
+                self._handle(ClaimAsked(number, owner, own=mount is not None))
+                sandbox, source = await self._make_personal(number, waiting, request)
+        except TimeoutError:
+            raise ClaimTimeout(
+                f"no sandbox of {self.image.name!r} became free within {timeout:g} s", self._retry_after()
+            ) from None
+        finally:
+            # Settled: changes nothing. Else the claim leaves the line, and a sandbox that it was given is destroyed.
+            self._handle(ClaimAbandoned(number))
+            del self._waiting[number]
+        self._claims[source] += 1
+        return PoolClaim(sandbox, source, (self._now() - asked) * 1000)
+
+    async def release(self, sandbox: Sandbox, cause: SandboxExit) -> None:
+        """Destroy a sandbox; `cause` is what its `exited` tells. Returns once removal is confirmed, or after 30 s.
+
+        The place is free once it is confirmed, however long that takes, also if the caller is cancelled. Idempotent.
+        """
+        if sandbox.id not in self._sandboxes:
+            return
+        self._causes.setdefault(sandbox.id, cause)
+        self._handle(Released(sandbox.id))
+        if (removal := self._removals.get(sandbox.id)) is not None:
+            await asyncio.wait([removal], timeout=_RELEASE_SECONDS)
+
+    def touch(self, sandbox_id: str, idle_since: float | None) -> None:
+        """Tell since when (loop time) a claimed sandbox is idle, or None: it is busy, and is not taken away."""
+        self._handle(Touched(sandbox_id, idle_since))
+
+    def describe(self) -> dict[str, Any]:
+        """Return the pool for health and metrics: counts by state, the line, what is wanted and why, totals."""
+        state = self._state
+        counts = state.counts()
+        return {
+            "image": self.image.name,
+            "min": state.minimum,
+            "max": state.maximum,
+            "starting": counts[SandboxState.STARTING],
+            "warm": counts[SandboxState.WARM],
+            "claimed": counts[SandboxState.CLAIMED],
+            "removing": counts[SandboxState.GONE],
+            "waiting": state.waiting,
+            "line_bound": state.line_bound,
+            "want": state.want.count,
+            "why": state.want.why,
+            "failures_in_a_row": state.failures,
+            "retry_in_seconds": round(max(0.0, state.retry_at - self._now()), 1),
+            "last_error": None if self._last_error is None else str(self._last_error),
+            "claims": {source.value: self._claims[source] for source in Source},
+            "evictions": self._evictions,
+            "failed_starts": self._failed_starts,
+            "start_seconds": round(self._start_seconds, 2),
+        }
+
+    async def _make_personal(self, number: int, waiting: _Waiting, request: ClaimRequest) -> tuple[Sandbox, Source]:
+        """Wait for a sandbox and claim it; one that fails is destroyed and the next one tried."""
+        for attempt in itertools.count(1):
+            answer = await waiting.answer
+            if isinstance(answer, Exception):
+                raise answer
+            waiting.answer = asyncio.get_running_loop().create_future()
+            sandbox, source = answer
+            try:
+                await sandbox.claim(request)
+                if sandbox.exited.done() or not self._state.has_given(number):
+                    raise ClaimError(f"sandbox {sandbox.id} died while it was claimed")
+            except ClaimError as error:
+                if attempt == _CLAIM_ATTEMPTS:
+                    raise LaunchError(f"{attempt} sandboxes in a row could not be claimed: {error}") from error
+                logger.warning("pool %s: %s; trying the next one", self.image.name, error)
+                self._handle(ClaimFailed(number))
+            else:
+                self._handle(ClaimSettled(number))
+                return sandbox, source
+        raise AssertionError("unreachable")
+
+    def _handle(self, event: Event) -> None:
+        for instruction in self._state.handle(event, self._now()):
+            self._carry_out(instruction)
+
+    def _carry_out(self, instruction: Instruction) -> None:
+        match instruction:
+            case Start(sandbox_id, claim):
+                mount = None if claim is None else self._waiting[claim].mount
+                start = self._run(self._start(LaunchRequest(sandbox_id, self.image, mount)))
+                self._starts[sandbox_id] = start
+                start.add_done_callback(lambda _: self._starts.pop(sandbox_id, None))
+            case Give(sandbox_id, claim, source):
+                self._answer(claim, (self._sandboxes[sandbox_id], source))
+            case Refuse(claim, reason):
+                self._answer(claim, self._refusal(reason))
+            case Evict(sandbox_id):
+                self._evictions += 1
+                cause = SandboxExit(ExitCause.EVICTED)
+                self._tell_evicted(self._sandboxes[sandbox_id], cause)
+                self._removals[sandbox_id] = self._run(self._remove(sandbox_id, cause))
+            case Remove(sandbox_id, known):
+                told = self._causes.get(sandbox_id) or (None if known is None else SandboxExit(known))
+                self._removals[sandbox_id] = self._run(self._remove(sandbox_id, told))
+            case WakeAt(at):
+                if self._timer is not None:
+                    self._timer.cancel()
+                self._timer = asyncio.get_running_loop().call_at(at, self._handle, Tick())
+            case _:
+                assert_never(instruction)
+
+    def _answer(self, claim: int, answer: tuple[Sandbox, Source] | Exception) -> None:
+        # Done already: its caller was cancelled this very moment, and will abandon what it was given.
+        if not (future := self._waiting[claim].answer).done():
+            future.set_result(answer)
+
+    def _refusal(self, reason: Refusal) -> Exception:
+        match reason:
+            case Refusal.FULL:
+                seconds = self._retry_after()
+                return PoolFull(
+                    f"all {self._state.maximum} places of {self.image.name!r} are taken and"
+                    f" {self._state.waiting} claims wait already; try again in {seconds} s",
+                    seconds,
+                )
+            case Refusal.STOPPED:
+                return PoolStopped(f"the pool of {self.image.name!r} has been stopped")
+            case Refusal.START_FAILED:
+                # One exception for each claim: a shared one would collect the tracebacks of all their tasks.
+                error = self._last_error
+                return LaunchError("no sandbox could be started") if error is None else type(error)(*error.args)
+            case _:
+                assert_never(reason)
+
+    def _tell_evicted(self, sandbox: Sandbox, cause: SandboxExit) -> None:
+        if self.on_evict is None:
+            return
+        try:
+            self.on_evict(sandbox, cause)
+        except Exception:
+            logger.exception("pool %s: the holder of sandbox %s failed on its eviction", self.image.name, sandbox.id)
+
+    async def _start(self, request: LaunchRequest) -> None:
+        began = self._now()
+        try:
+            sandbox = await self._launching.launch(request, timeout=self._start_timeout)
+        except LaunchError as error:
+            self._start_failed(request, error)
+        except Exception as error:
+            logger.exception("pool %s: a start failed unexpectedly", self.image.name)
+            self._start_failed(request, LaunchError(f"a sandbox could not be started: {error!r}"))
+        else:
+            self._start_seconds += 0.2 * (self._now() - began - self._start_seconds)
+            self._sandboxes[sandbox.id] = sandbox
+            sandbox.exited.add_done_callback(lambda _: self._handle(Exited(sandbox.id)))
+            self._handle(Started(sandbox.id))
+
+    def _start_failed(self, request: LaunchRequest, error: LaunchError) -> None:
+        logger.warning("pool %s: sandbox %s: %s", self.image.name, request.sandbox_id, error)
+        self._failed_starts += 1
+        self._last_error = error
+        self._handle(StartFailed(request.sandbox_id))
+
+    async def _remove(self, sandbox_id: str, cause: SandboxExit | None) -> None:
+        """Destroy a sandbox, however often that takes: its place stays taken until the engine has confirmed it."""
+        if (start := self._starts.get(sandbox_id)) is not None:
+            start.cancel()
+            await asyncio.wait([start])
+        sandbox = self._sandboxes.get(sandbox_id)
+        for failures in itertools.count(1):
+            if sandbox is None:
+                break
+            try:
+                await sandbox.destroy(cause)
+                break
+            except Exception as error:
+                pause = sizing.backoff(failures)
+                logger.error(
+                    "pool %s: sandbox %s not removed, again in %g s: %r", self.image.name, sandbox_id, pause, error
+                )
+                await asyncio.sleep(pause)
+        self._sandboxes.pop(sandbox_id, None)
+        self._causes.pop(sandbox_id, None)
+        self._removals.pop(sandbox_id, None)
+        self._handle(Removed(sandbox_id))
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+        return task
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("pool %s: a task failed", self.image.name, exc_info=error)
+
+    def _retry_after(self) -> int:
+        return sizing.retry_after(self._state.waiting, self._start_seconds, self._state.concurrency)
+
+    @staticmethod
+    def _now() -> float:
+        return asyncio.get_running_loop().time()

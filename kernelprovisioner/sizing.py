@@ -1,0 +1,47 @@
+"""How many sandboxes a pool starts, how long it waits after a failure: pure functions, no I/O, no clock."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+FIRST_BACKOFF = 0.5
+LONGEST_BACKOFF = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """How many unclaimed sandboxes (starting or warm) a pool wants right now, and why, for a person."""
+
+    count: int
+    why: str
+
+
+def wanted(minimum: int, waiting: int, room: int) -> Want:
+    """Return how many unclaimed sandboxes to have: one for each of `waiting` claims and `minimum` beside them.
+
+    `room` is how many unclaimed ones fit under the pool's `max`.
+    """
+    count = waiting + minimum
+    why = f"{minimum} kept warm" if not waiting else f"{waiting} waiting and {minimum} kept warm"
+    if count <= room:
+        return Want(count, why)
+    return Want(max(room, 0), f"{why}, but max leaves room for {max(room, 0)}")
+
+
+def starts_now(want: int, unclaimed: int, slots: int) -> int:
+    """Return how many to start now: what is missing of `want`, at most `slots` at once."""
+    return max(0, min(want - unclaimed, slots))
+
+
+def backoff(failures: int) -> float:
+    """Return the seconds to wait after this many failures in a row: doubled each time, 0.5 s to 30 s."""
+    if failures <= 0:
+        return 0.0
+    # The exponent is bounded so that a long outage cannot overflow the float.
+    return min(LONGEST_BACKOFF, FIRST_BACKOFF * 2.0 ** min(failures - 1, 16))
+
+
+def retry_after(waiting: int, start_seconds: float, concurrency: int) -> int:
+    """Return the whole seconds, 1 to 60, in which a line of `waiting` claims will have moved on by about half."""
+    return max(1, min(60, math.ceil(waiting * start_seconds / max(1, concurrency) / 2)))

@@ -1,0 +1,567 @@
+"""PoolState under every order of events that hypothesis can think of, against an independent model of the rules."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from kernelprovisioner.pool_events import (
+    ClaimAbandoned,
+    ClaimAsked,
+    ClaimFailed,
+    ClaimSettled,
+    Event,
+    Evict,
+    Exited,
+    Give,
+    Instruction,
+    Refusal,
+    Refuse,
+    Released,
+    Remove,
+    Removed,
+    Source,
+    Start,
+    Started,
+    StartFailed,
+    Stop,
+    Tick,
+    Touched,
+    WakeAt,
+)
+from kernelprovisioner.pool_state import FAILURES_TOLD, InvalidTransition, Member, PoolState
+from kernelprovisioner.sandbox import TRANSITIONS, SandboxState
+
+OWNERS = ("ada", "bob", "cyd")
+
+
+def make_state(*, minimum: int = 0, maximum: int = 4, line_bound: int = 16, concurrency: int = 2) -> PoolState:
+    numbers = itertools.count(1)
+    return PoolState(
+        minimum=minimum,
+        maximum=maximum,
+        line_bound=line_bound,
+        concurrency=concurrency,
+        new_id=lambda: f"s{next(numbers)}",
+    )
+
+
+@dataclass
+class Box:
+    """A sandbox as the model knows it."""
+
+    state: str = "starting"
+    owner: str | None = None
+    claim: int | None = None
+    settled: bool = False
+    idle_since: float | None = None
+
+
+@dataclass
+class Ask:
+    """A claim in line as the model knows it."""
+
+    owner: str
+    own: bool
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """Plays engine, sessions and callers; checks each instruction when it is given, and the whole after each event."""
+
+    @initialize(
+        minimum=st.integers(0, 3), more=st.integers(0, 4), concurrency=st.integers(1, 3), line_bound=st.integers(1, 8)
+    )
+    def setup(self, minimum: int, more: int, concurrency: int, line_bound: int) -> None:
+        self.maximum = max(1, minimum + more)
+        self.minimum, self.concurrency, self.line_bound = minimum, concurrency, line_bound
+        self.state = make_state(minimum=minimum, maximum=self.maximum, line_bound=line_bound, concurrency=concurrency)
+        self.now = 100.0
+        self.numbers = itertools.count(1)
+        self.boxes: dict[str, Box] = {}
+        self.line: dict[int, Ask] = {}
+        self.placed: dict[int, Ask] = {}  # claims with a sandbox that is not settled yet
+        self.handed_out: set[str] = set()
+        self.returned: set[int] = set()  # claims that were put back in line
+        self.failures = 0
+        self.wake_at: float | None = None
+        self.stopped = False
+        self.tell(Tick())
+
+    # What the model knows.
+
+    def of(self, *states: str) -> list[str]:
+        return [sandbox for sandbox, box in self.boxes.items() if box.state in states]
+
+    def shared_starting(self) -> int:
+        return sum(self.boxes[sandbox].claim is None for sandbox in self.of("starting"))
+
+    def held(self, owner: str | None) -> int:
+        return sum(box.owner == owner for box in self.boxes.values() if box.state in ("starting", "claimed"))
+
+    def free(self) -> int:
+        return self.maximum - len(self.boxes)
+
+    def in_line(self, owner: str | None) -> list[int]:
+        return sorted(claim for claim, ask in self.line.items() if ask.owner == owner)
+
+    def heads(self) -> list[int]:
+        return [self.in_line(owner)[0] for owner in {ask.owner for ask in self.line.values()}]
+
+    def idle(self, owner: str | None) -> list[float]:
+        return [b.idle_since for b in self.boxes.values() if b.owner == owner and b.idle_since is not None]
+
+    def backing_off(self) -> bool:
+        return self.wake_at is not None and self.now < self.wake_at
+
+    # Events, and what may come of them.
+
+    def tell(self, event: Event) -> list[Instruction]:
+        instructions = self.state.handle(event, self.now)
+        for instruction in instructions:
+            getattr(self, f"see_{type(instruction).__name__.lower()}")(instruction, event)
+        if any(isinstance(i, Start) and i.claim is None for i in instructions):
+            # Waiters before refill: whoever waits at the head for a sandbox of its own goes before a spare one.
+            plain = sum(not ask.own for ask in self.line.values())
+            if any(self.line[claim].own for claim in self.heads()):
+                assert len(self.of("warm")) + self.shared_starting() <= plain
+        return instructions
+
+    def see_start(self, start: Start, event: Event) -> None:
+        assert not self.stopped
+        assert start.sandbox not in self.boxes and start.sandbox not in self.handed_out
+        assert self.free() > 0, "more live sandboxes than max"
+        assert len(self.of("starting")) < self.concurrency
+        box = self.boxes[start.sandbox] = Box()
+        if start.claim is None:
+            assert not self.backing_off()
+            return
+        ask = self.line[start.claim]
+        assert ask.own and start.claim == min(self.in_line(ask.owner)), "overtook one of its own owner"
+        box.owner, box.claim = ask.owner, start.claim
+        self.placed[start.claim] = self.line.pop(start.claim)
+
+    def see_give(self, give: Give, event: Event) -> None:
+        box = self.boxes[give.sandbox]
+        assert box.state == "warm"
+        assert give.sandbox not in self.handed_out, "handed out twice"
+        self.handed_out.add(give.sandbox)
+        if box.claim is not None:
+            assert give.claim == box.claim and give.source is Source.COLD
+        else:
+            ask = self.line[give.claim]
+            assert not ask.own and give.claim == min(self.in_line(ask.owner)), "overtook one of its own owner"
+            rivals = [self.line[head].owner for head in self.heads() if not self.line[head].own]
+            assert self.held(ask.owner) == min(map(self.held, rivals)), "an owner that holds less was passed over"
+            asked_now = isinstance(event, ClaimAsked | ClaimFailed) and event.claim == give.claim
+            assert (give.source is Source.WARM) == asked_now
+            box.owner, box.claim = ask.owner, give.claim
+            self.placed[give.claim] = self.line.pop(give.claim)
+        box.state = "claimed"
+
+    def see_evict(self, evict: Evict, event: Event) -> None:
+        victim = self.boxes[evict.sandbox]
+        assert victim.state == "claimed" and victim.settled
+        assert victim.idle_since is not None, "a busy session lost its sandbox"
+        assert not self.of("warm"), "a session lost its sandbox while a warm one was there"
+        for owner in {victim.owner, evict.owner}:
+            assert victim.idle_since <= min(self.idle(owner), default=victim.idle_since), "not the one used longest ago"
+        if victim.owner != evict.owner:
+            # Those being started for the waiter's owner count; which they are is certain where it alone waits.
+            coming = 0
+            if all(ask.owner == evict.owner and not ask.own for ask in self.line.values()):
+                coming = self.shared_starting() + len(self.of("gone")) + self.free()
+            holds = self.held(victim.owner) + len(self.in_line(victim.owner))
+            assert holds > self.held(evict.owner) + coming + 1, "a flood cost another owner its session"
+        victim.state, victim.idle_since = "gone", None
+
+    def see_remove(self, remove: Remove, event: Event) -> None:
+        box = self.boxes[remove.sandbox]
+        assert box.state != "gone"
+        box.state, box.idle_since = "gone", None
+
+    def see_refuse(self, refuse: Refuse, event: Event) -> None:
+        match refuse.reason:
+            case Refusal.STOPPED:
+                assert self.stopped
+            case Refusal.FULL:
+                assert isinstance(event, ClaimAsked)
+                assert len(self.line) > self.line_bound
+                mine, theirs = self.in_line(event.owner), self.in_line(self.line[refuse.claim].owner)
+                assert refuse.claim == theirs[-1], "one that waited longer was sent away"
+                assert refuse.claim == event.claim or len(theirs) > len(mine)
+            case Refusal.START_FAILED:
+                assert isinstance(event, StartFailed)
+                assert refuse.claim in self.placed or self.failures >= FAILURES_TOLD
+        assert (refuse.claim in self.line) != (refuse.claim in self.placed)
+        self.line.pop(refuse.claim, None)
+        self.placed.pop(refuse.claim, None)
+
+    def see_wakeat(self, wake: WakeAt, event: Event) -> None:
+        assert self.now < wake.at <= self.now + 30.0
+        self.wake_at = wake.at
+
+    # What can happen.
+
+    def pick(self, data: st.DataObject, choices: list[Any]) -> Any:
+        return data.draw(st.sampled_from(choices))
+
+    @rule(owner=st.sampled_from(OWNERS), own=st.sampled_from([False, False, False, True]))
+    def ask(self, owner: str, own: bool) -> None:
+        claim = next(self.numbers)
+        self.line[claim] = Ask(owner, own)
+        self.tell(ClaimAsked(claim, owner, own))
+
+    @rule(owner=st.sampled_from(OWNERS), count=st.integers(2, 12))
+    def flood(self, owner: str, count: int) -> None:
+        for _ in range(count):
+            self.ask(owner, False)
+
+    @precondition(lambda self: self.line or self.placed)
+    @rule(data=st.data())
+    def abandon(self, data: st.DataObject) -> None:
+        claim = self.pick(data, [*self.line, *self.placed])
+        self.line.pop(claim, None)
+        placed = self.placed.pop(claim, None)
+        mine = [sandbox for sandbox, box in self.boxes.items() if box.claim == claim and not box.settled]
+        self.tell(ClaimAbandoned(claim))
+        assert all(self.boxes[sandbox].state == "gone" for sandbox in mine) or placed is None
+
+    def given(self) -> list[int]:
+        return [c for c in self.placed if any(b.claim == c and b.state != "starting" for b in self.boxes.values())] + [
+            c for c in self.placed if all(b.claim != c for b in self.boxes.values())
+        ]
+
+    @precondition(lambda self: self.given())
+    @rule(data=st.data())
+    def fail_claim(self, data: st.DataObject) -> None:
+        claim = self.pick(data, self.given())
+        self.put_back(claim)
+
+    def put_back(self, claim: int) -> None:
+        self.line[claim] = self.placed.pop(claim)
+        self.returned.add(claim)
+        self.tell(ClaimFailed(claim))
+
+    @precondition(lambda self: self.given())
+    @rule(data=st.data())
+    def settle(self, data: st.DataObject) -> None:
+        self.settle_one(self.pick(data, self.given()))
+
+    def settle_one(self, claim: int) -> None:
+        box = next((b for b in self.boxes.values() if b.claim == claim and b.state == "claimed"), None)
+        assert self.state.has_given(claim) == (box is not None)
+        if box is None:  # it died while it was claimed: the caller sees that and says so
+            self.put_back(claim)
+            return
+        box.settled = True
+        del self.placed[claim]
+        self.tell(ClaimSettled(claim))
+
+    @precondition(lambda self: self.of("starting", "gone"))
+    @rule(data=st.data())
+    def started(self, data: st.DataObject) -> None:
+        self.started_one(self.pick(data, self.of("starting", "gone")))
+
+    def started_one(self, sandbox: str) -> None:
+        """Also for one that was given up while it started: that changes nothing."""
+        if self.boxes[sandbox].state == "starting":
+            self.boxes[sandbox].state = "warm"
+            self.failures, self.wake_at = 0, None
+        self.tell(Started(sandbox))
+
+    @precondition(lambda self: self.of("starting"))
+    @rule(data=st.data())
+    def start_failed(self, data: st.DataObject) -> None:
+        box = self.boxes.pop(sandbox := self.pick(data, self.of("starting")))
+        self.failures += box.claim is None
+        self.tell(StartFailed(sandbox))
+
+    @precondition(lambda self: self.of("claimed"))
+    @rule(data=st.data(), idle=st.booleans())
+    def touch(self, data: st.DataObject, idle: bool) -> None:
+        box = self.boxes[sandbox := self.pick(data, self.of("claimed"))]
+        if box.settled:
+            self.now += 0.001
+            box.idle_since = self.now if idle else None
+            self.tell(Touched(sandbox, box.idle_since))
+
+    @precondition(lambda self: self.of("warm", "claimed"))
+    @rule(data=st.data())
+    def dies(self, data: st.DataObject) -> None:
+        sandbox = self.pick(data, self.of("warm", "claimed"))
+        self.tell(Exited(sandbox))
+        assert self.boxes[sandbox].state == "gone"
+
+    @precondition(lambda self: self.of("claimed"))
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        settled = [sandbox for sandbox in self.of("claimed") if self.boxes[sandbox].settled]
+        if settled:
+            self.tell(Released(self.pick(data, settled)))
+
+    @precondition(lambda self: self.of("gone"))
+    @rule(data=st.data())
+    def removed(self, data: st.DataObject) -> None:
+        self.removed_one(self.pick(data, self.of("gone")))
+
+    def removed_one(self, sandbox: str) -> None:
+        del self.boxes[sandbox]
+        self.tell(Removed(sandbox))
+
+    @rule(sandbox=st.sampled_from(["s1", "s2", "never"]), kind=st.sampled_from([Exited, Released, Removed]))
+    def late_news(self, sandbox: str, kind: type[Exited] | type[Released] | type[Removed]) -> None:
+        """News of a sandbox that has no place (any more) changes nothing."""
+        if sandbox not in self.boxes:
+            self.tell(kind(sandbox))
+
+    @rule(seconds=st.floats(0.0, 40.0))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+        self.tell(Tick())
+
+    @precondition(lambda self: not self.stopped)
+    @rule(really=st.sampled_from([False] * 19 + [True]))
+    def stop(self, really: bool) -> None:
+        if really:
+            self.stopped = True
+            self.tell(Stop())
+            assert not self.line and not self.of("starting", "warm", "claimed")
+
+    @precondition(lambda self: not self.stopped)
+    @rule()
+    def all_goes_well(self) -> None:
+        """From any state: if starts succeed and sessions end, everyone in line is served."""
+        self.now += 60.0
+        self.tell(Tick())
+        for _ in range(4 * (len(self.line) + self.maximum) + 10):
+            if not self.line and not self.placed:
+                return
+            for claim in self.given():
+                self.settle_one(claim)
+            for sandbox in self.of("starting"):
+                self.started_one(sandbox)
+            for sandbox in self.of("claimed"):
+                if self.boxes[sandbox].settled and self.boxes[sandbox].state == "claimed":
+                    self.tell(Released(sandbox))
+            for sandbox in self.of("gone"):
+                self.removed_one(sandbox)
+        raise AssertionError(f"still in line: {self.line}, still placed: {self.placed}")
+
+    # What holds after each event.
+
+    @invariant()
+    def state_and_model_agree(self) -> None:
+        assert {member.id: str(member.state) for member in self.state.members.values()} == {
+            sandbox: box.state for sandbox, box in self.boxes.items()
+        }
+        assert self.state.waiting == len(self.line)
+        assert sum(self.state.counts().values()) == len(self.boxes)
+
+    @invariant()
+    def bounds_hold(self) -> None:
+        assert len(self.boxes) <= self.maximum
+        # A claim whose sandbox failed is put back, whoever came meanwhile.
+        assert len(self.line.keys() - self.returned) <= self.line_bound
+
+    @invariant()
+    def nothing_stands_idle(self) -> None:
+        if self.stopped:
+            assert not self.line
+            return
+        heads = [self.line[claim] for claim in self.heads()]
+        if self.of("warm"):
+            assert all(ask.own for ask in heads), "a warm sandbox stands idle while somebody waits for one"
+        busy = len(self.of("starting")) >= self.concurrency
+        unclaimed = len(self.of("warm")) + self.shared_starting()
+        own = sum(ask.own for ask in self.line.values())
+        plain = len(self.line) - own
+        if heads and not plain:
+            assert busy or not self.free(), "a place is free, and nothing starts for who waits"
+        if not own and not self.backing_off():
+            assert busy or not self.free() or unclaimed >= plain + self.minimum, "nothing refills"
+
+    @invariant()
+    def an_idle_session_gives_way(self) -> None:
+        owners = {ask.owner for ask in self.line.values()}
+        if len(owners) != 1 or self.free() or self.of("starting", "warm", "gone"):
+            return
+        (owner,) = owners
+        assert not self.idle(owner), "an owner waits although one of its own sessions is idle"
+        for other in OWNERS:
+            assert not (self.idle(other) and self.held(other) > self.held(owner) + 1), "an unfair share is kept"
+
+    def teardown(self) -> None:
+        """Whatever happened, all ends in gone and nothing is left."""
+        if not hasattr(self, "state"):
+            return
+        self.stopped = True
+        self.tell(Stop())
+        for claim in list(self.placed):
+            self.placed.pop(claim)
+            self.tell(ClaimAbandoned(claim))
+        for sandbox in self.of("gone"):
+            self.removed_one(sandbox)
+        assert not self.boxes and not self.state.members and not self.line
+        assert self.tell(Tick()) == []
+
+
+PoolMachine.TestCase.settings = settings(
+    max_examples=150, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+TestPoolMachine = PoolMachine.TestCase
+
+
+# Single rules, as a reader would try them.
+
+
+def of_kind(instructions: list[Instruction], kind: type[Any]) -> list[Any]:
+    return [instruction for instruction in instructions if isinstance(instruction, kind)]
+
+
+def occupy(state: PoolState, owner: str, count: int, *, idle_from: float | None, first_claim: int) -> list[str]:
+    """Let `owner` claim `count` sandboxes, settled; idle since idle_from, idle_from + 1, … or busy (None)."""
+    sandboxes = []
+    for index in range(count):
+        claim = first_claim + index
+        for start in of_kind(state.handle(ClaimAsked(claim, owner), 0.0), Start):
+            for give in of_kind(state.handle(Started(start.sandbox), 0.0), Give):
+                state.handle(ClaimSettled(give.claim), 0.0)
+                sandboxes.append(give.sandbox)
+    assert len(sandboxes) == count
+    for index, sandbox in enumerate(sandboxes):
+        state.handle(Touched(sandbox, None if idle_from is None else idle_from + index), 0.0)
+    return sandboxes
+
+
+def test_the_pool_fills_to_its_minimum_two_at_a_time() -> None:
+    state = make_state(minimum=3, maximum=5)
+    first = of_kind(state.handle(Tick(), 0.0), Start)
+    assert len(first) == 2
+    assert len(of_kind(state.handle(Started(first[0].sandbox), 0.0), Start)) == 1
+    assert state.counts()[SandboxState.STARTING] == 2
+
+
+def test_a_warm_sandbox_is_handed_out_at_once_and_replaced() -> None:
+    state = make_state(minimum=1)
+    (start,) = of_kind(state.handle(Tick(), 0.0), Start)
+    state.handle(Started(start.sandbox), 0.0)
+    give, refill = state.handle(ClaimAsked(1, "ada"), 0.0)
+    assert give == Give(start.sandbox, 1, Source.WARM)
+    assert isinstance(refill, Start) and refill.claim is None
+
+
+def test_a_place_is_free_only_when_removal_is_confirmed() -> None:
+    state = make_state(maximum=1)
+    (sandbox,) = occupy(state, "ada", 1, idle_from=None, first_claim=1)
+    assert state.handle(ClaimAsked(2, "bob"), 0.0) == []
+    assert of_kind(state.handle(Released(sandbox), 0.0), Start) == []
+    assert len(of_kind(state.handle(Removed(sandbox), 0.0), Start)) == 1
+
+
+def test_a_flood_takes_its_fair_share_and_no_more() -> None:
+    state = make_state(maximum=6, line_bound=64)
+    bobs = occupy(state, "bob", 6, idle_from=1.0, first_claim=1)
+    evicted = []
+    for claim in range(10, 30):
+        evicted += [evict.sandbox for evict in of_kind(state.handle(ClaimAsked(claim, "ada"), 0.0), Evict)]
+    assert evicted == bobs[:3], "those used longest ago, until both hold three"
+
+
+def test_a_flood_never_costs_the_only_session_of_another() -> None:
+    state = make_state(maximum=2, line_bound=64)
+    occupy(state, "ada", 1, idle_from=None, first_claim=1)
+    occupy(state, "bob", 1, idle_from=1.0, first_claim=2)
+    for claim in range(10, 30):
+        assert state.handle(ClaimAsked(claim, "ada"), 0.0) == []
+
+
+def test_who_gives_up_an_own_session_gets_the_place_before_an_older_claim_of_a_flood() -> None:
+    state = make_state(maximum=3, line_bound=64)
+    occupy(state, "ada", 1, idle_from=None, first_claim=1)
+    bobs = occupy(state, "bob", 2, idle_from=1.0, first_claim=2)
+    for claim in range(10, 20):
+        assert state.handle(ClaimAsked(claim, "ada"), 0.0) == []
+    assert state.handle(ClaimAsked(50, "bob"), 0.0) == [Evict(bobs[0], "bob")]
+    (start,) = of_kind(state.handle(Removed(bobs[0]), 0.0), Start)
+    assert of_kind(state.handle(Started(start.sandbox), 0.0), Give) == [Give(start.sandbox, 50, Source.STARTED)]
+
+
+def test_the_line_is_shared_fairly_too() -> None:
+    state = make_state(maximum=1, line_bound=4)
+    occupy(state, "ada", 1, idle_from=None, first_claim=1)
+    for claim in range(2, 6):
+        assert state.handle(ClaimAsked(claim, "ada"), 0.0) == []
+    assert state.handle(ClaimAsked(6, "ada"), 0.0) == [Refuse(6, Refusal.FULL)]
+    assert state.handle(ClaimAsked(7, "bob"), 0.0) == [Refuse(5, Refusal.FULL)]
+    assert state.waiting == 4
+
+
+def test_a_claim_for_a_sandbox_of_its_own_takes_the_place_of_a_warm_one() -> None:
+    state = make_state(minimum=1, maximum=1)
+    (start,) = of_kind(state.handle(Tick(), 0.0), Start)
+    state.handle(Started(start.sandbox), 0.0)
+    (remove,) = state.handle(ClaimAsked(1, "ada", own=True), 0.0)
+    assert isinstance(remove, Remove) and remove.sandbox == start.sandbox
+    (own,) = state.handle(Removed(start.sandbox), 0.0)
+    assert isinstance(own, Start) and own.claim == 1
+    assert state.handle(Started(own.sandbox), 0.0) == [Give(own.sandbox, 1, Source.COLD)]
+
+
+def test_failed_starts_back_off_and_are_told_to_who_waits() -> None:
+    state = make_state(maximum=2, concurrency=1)
+    (start,) = of_kind(state.handle(ClaimAsked(1, "ada"), 0.0), Start)
+    now = 0.0
+    for pause in (0.5, 1.0):
+        assert state.handle(StartFailed(start.sandbox), now) == [WakeAt(now + pause)]
+        assert state.handle(Tick(), now + pause / 2) == []
+        now += pause
+        (start,) = state.handle(Tick(), now)
+    assert state.handle(StartFailed(start.sandbox), now) == [WakeAt(now + 2.0), Refuse(1, Refusal.START_FAILED)]
+
+
+def test_a_start_that_fails_for_one_claim_alone_makes_nobody_else_wait() -> None:
+    state = make_state(maximum=2)
+    (start,) = state.handle(ClaimAsked(1, "ada", own=True), 0.0)
+    assert isinstance(start, Start)
+    assert state.handle(StartFailed(start.sandbox), 0.0) == [Refuse(1, Refusal.START_FAILED)]
+    assert len(of_kind(state.handle(ClaimAsked(2, "ada"), 0.0), Start)) == 1
+
+
+def test_a_claim_that_failed_is_first_in_line_again() -> None:
+    state = make_state(maximum=2, concurrency=2)
+    starts = of_kind(state.handle(ClaimAsked(1, "ada"), 0.0), Start)
+    starts += of_kind(state.handle(ClaimAsked(2, "ada"), 0.0), Start)
+    assert of_kind(state.handle(Started(starts[0].sandbox), 0.0), Give)[0].claim == 1
+    assert state.handle(ClaimFailed(1), 0.0)[0].sandbox == starts[0].sandbox  # type: ignore[union-attr]
+    assert of_kind(state.handle(Started(starts[1].sandbox), 0.0), Give)[0].claim == 1
+
+
+@pytest.mark.parametrize(
+    ("minimum", "maximum", "line_bound", "concurrency"),
+    [(3, 2, 1, 1), (-1, 2, 1, 1), (0, 0, 1, 1), (0, 1, 0, 1), (0, 1, 1, 0)],
+)
+def test_bounds_that_make_no_sense_are_refused(minimum: int, maximum: int, line_bound: int, concurrency: int) -> None:
+    with pytest.raises(ValueError):
+        make_state(minimum=minimum, maximum=maximum, line_bound=line_bound, concurrency=concurrency)
+
+
+def test_a_member_takes_only_the_steps_of_the_life_cycle() -> None:
+    tried: Counter[bool] = Counter()
+    for before, after in itertools.product(SandboxState, SandboxState):
+        member = Member("s", before)
+        allowed = after in TRANSITIONS[before]
+        tried[allowed] += 1
+        if allowed:
+            member.become(after)
+            assert member.state is after
+        else:
+            with pytest.raises(InvalidTransition):
+                member.become(after)
+    assert tried[True] == sum(map(len, TRANSITIONS.values()))

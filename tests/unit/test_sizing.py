@@ -1,0 +1,54 @@
+"""How many sandboxes to start now, and how long to wait after a failure."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kernelprovisioner import sizing
+
+counts = st.integers(min_value=0, max_value=200)
+
+
+@pytest.mark.parametrize(
+    ("minimum", "waiting", "room", "count", "why"),
+    [
+        (2, 0, 10, 2, "2 kept warm"),
+        (2, 3, 10, 5, "3 waiting and 2 kept warm"),
+        (2, 3, 4, 4, "3 waiting and 2 kept warm, but max leaves room for 4"),
+        (2, 0, 0, 0, "2 kept warm, but max leaves room for 0"),
+        (0, 0, 10, 0, "0 kept warm"),
+    ],
+)
+def test_what_is_wanted_and_why(minimum: int, waiting: int, room: int, count: int, why: str) -> None:
+    assert sizing.wanted(minimum, waiting, room) == sizing.Want(count, why)
+
+
+@given(minimum=counts, waiting=counts, room=st.integers(min_value=-5, max_value=200), unclaimed=counts, slots=counts)
+def test_never_more_than_fits_nor_than_may_start_at_once(
+    minimum: int, waiting: int, room: int, unclaimed: int, slots: int
+) -> None:
+    want = sizing.wanted(minimum, waiting, room).count
+    starts = sizing.starts_now(want, unclaimed, slots)
+    assert 0 <= starts <= slots
+    assert starts == 0 or unclaimed + starts <= min(room, waiting + minimum)
+
+
+def test_surplus_starts_nothing() -> None:
+    assert sizing.starts_now(2, 5, 2) == 0
+    assert sizing.starts_now(2, 0, -1) == 0
+
+
+def test_backoff_doubles_up_to_its_bound() -> None:
+    assert [sizing.backoff(n) for n in range(9)] == [0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
+    assert sizing.backoff(10**9) == sizing.LONGEST_BACKOFF
+
+
+@given(
+    waiting=counts,
+    start_seconds=st.floats(min_value=0, max_value=120),
+    concurrency=st.integers(min_value=0, max_value=64),
+)
+def test_retry_after_is_a_number_of_seconds_worth_waiting(waiting: int, start_seconds: float, concurrency: int) -> None:
+    assert 1 <= sizing.retry_after(waiting, start_seconds, concurrency) <= 60
