@@ -1,0 +1,217 @@
+"""GatewayApp: configuration, start, drain, stop of `samovar serve`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+from traitlets import Bool, Enum, Float, Integer, List, TraitError, Unicode, default
+from traitlets.config import Application, Config, Configurable
+
+from gateway import __version__, first_cell
+from gateway.server import Gateway, GatewaySettings
+from gateway.settings import (
+    ExecutionSettings,
+    PoolSettings,
+    SandboxLimits,
+    bad_trait,
+    check_names,
+    environment_config,
+    file_config,
+)
+from kernelprovisioner.launchers import DockerLauncher, LauncherKind, ProcessLauncher
+
+CONFIG_FILE = "samovar_config.py"
+_log = logging.getLogger(__name__)
+
+
+class GatewayApp(Application):
+    """`samovar serve`: keeps sandboxes warm and runs cells in them."""
+
+    name = "samovar-serve"
+    version = __version__
+    description = """Start the gateway: a pool of warm sandboxes, POST /exec and POST /api/v1/execute, and the claim
+    socket for Jupyter clients of this user. Settings come from the command line, then SAMOVAR_… variables, then the
+    environment names that code interpreters know (API_PORT, MAX_MEMORY_MB, …), then samovar_config.py."""
+    classes = [PoolSettings, SandboxLimits, ExecutionSettings, DockerLauncher, ProcessLauncher]  # noqa: RUF012
+
+    host = Unicode("127.0.0.1", help="Address to listen on; 0.0.0.0 is all of this machine's.").tag(config=True)
+    port = Integer(8000, min=0, max=65535, help="Port to listen on; 0 takes a free one.").tag(config=True)
+    api_key = Unicode(
+        help="The API key. Empty: the one kept in the data directory; the first start makes it and shows it once."
+    ).tag(config=True)
+    launcher = Enum(
+        ("auto", "docker", "process"),
+        default_value="auto",
+        help="docker: containers. process: plain processes WITHOUT ISOLATION, for development. auto: containers where "
+        "an engine answers, else processes.",
+    ).tag(config=True)
+    images = List(Unicode(), help="Names of the kernel images to serve; empty: all.").tag(config=True)
+    data_dir = Unicode(help="Directory of all that is kept on disk.").tag(config=True)
+    runtime_dir = Unicode(help="Directory of sockets; empty: /run/samovar, or the user's runtime directory.").tag(
+        config=True
+    )
+    config_file = Unicode(CONFIG_FILE, help="Configuration file; the default one may be missing.").tag(config=True)
+    drain_timeout = Float(10.0, min=0, help="Seconds that running cells have to end after Ctrl-C or SIGTERM.").tag(
+        config=True
+    )
+    local_monitoring = Bool(
+        True, help="Let this host call /health/detailed and /metrics/pool without a key (switch off behind a proxy)."
+    ).tag(config=True)
+    first_cell = Bool(False, help="After the start run a first cell, and print commands to try.").tag(config=True)
+
+    aliases = {  # noqa: RUF012 - as Application has it
+        "host": "GatewayApp.host",
+        "port": "GatewayApp.port",
+        "launcher": "GatewayApp.launcher",
+        "config": "GatewayApp.config_file",
+        "data-dir": "GatewayApp.data_dir",
+        "log-level": "GatewayApp.log_level",
+    }
+    flags = {  # noqa: RUF012
+        "first-cell": ({"GatewayApp": {"first_cell": True}}, "Run a first cell and print commands to try."),
+        "debug": ({"GatewayApp": {"log_level": "DEBUG"}}, "Log everything."),
+    }
+
+    @default("data_dir")
+    def _default_data_dir(self) -> str:
+        home = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
+        return str(Path(home) / "samovar")
+
+    @default("log_level")
+    def _default_log_level(self) -> int:
+        return logging.INFO
+
+    def initialize(self, argv: list[str] | None = None) -> None:
+        """Bring all configuration together. Raises StartError for what is wrong in it."""
+        try:
+            self.parse_command_line(argv)
+            command_line = self.cli_config
+            classes: list[type[Configurable]] = [type(self), *self.classes]
+            environment, unknown = environment_config(classes, os.environ)
+            check_names(command_line, classes, "the command line")
+            merged = Config()
+            for config in (self._file(command_line, environment, classes), environment, command_line):
+                merged.merge(config)
+            self.update_config(merged)
+        except TraitError as error:
+            raise bad_trait(error) from None
+        if self.extra_args:
+            raise bad_trait(TraitError(f"{self.extra_args[0]!r} is no option of samovar serve"))
+        _set_up_logging(cast("int | str", self.log_level))
+        for name in unknown:
+            _log.warning("the environment variable %s is no setting of Samovar and has no effect", name)
+
+    def start(self) -> None:
+        """Serve until SIGINT or SIGTERM. Raises StartError."""
+        try:
+            asyncio.run(self._main())
+        except TraitError as error:
+            raise bad_trait(error) from None
+
+    def gateway(self, report: Callable[[str], None]) -> Gateway:
+        """A gateway with this configuration, not started."""
+        settings = GatewaySettings(
+            host=self.host,
+            port=self.port,
+            launcher=cast(LauncherKind, self.launcher),
+            images=tuple(self.images),
+            data_directory=Path(self.data_dir).expanduser().absolute(),
+            runtime_directory=Path(self.runtime_dir).expanduser().absolute() if self.runtime_dir else None,
+            api_key=self.api_key,
+            drain_timeout=self.drain_timeout,
+            local_monitoring=self.local_monitoring,
+        )
+        return Gateway(settings, self, report)
+
+    async def _main(self) -> None:
+        gateway = self.gateway(_say)
+        stopping = asyncio.Event()
+
+        def stop() -> None:
+            if stopping.is_set():
+                gateway.hurry.set()
+            stopping.set()
+
+        loop = asyncio.get_running_loop()
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(signum, stop)
+        asked = asyncio.create_task(stopping.wait(), name="wait for a signal")
+        if not await _unless_asked(asked, gateway.start()):
+            _say("Stopped before the gateway was ready.")
+            return
+        try:
+            self._announce(gateway)
+            if self.first_cell:
+                await _unless_asked(asked, first_cell.run(gateway))
+            await asked
+            _say(f"Stopping: running cells are given up to {self.drain_timeout:g} s (Ctrl-C again: none).")
+        finally:
+            await gateway.stop()
+        _say("Stopped; nothing was left behind.")
+
+    def _announce(self, gateway: Gateway) -> None:
+        if not gateway.isolated:
+            _say(_warning())
+        if gateway.key.made:
+            _say(f"A new API key was made. It is shown this once, and kept in {gateway.key.path}:")
+            _say(f"\n    {gateway.key.value}\n")
+        elif gateway.key.path is not None:
+            _say(f"The API key is the one in {gateway.key.path}.")
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        _say(f"Samovar {__version__} serves http://{host}:{gateway.port} with the {gateway.launcher.name} launcher.")
+
+    def _file(self, command_line: Config, environment: Config, classes: list[Any]) -> Config:
+        chosen = Config()
+        chosen.merge(environment)
+        chosen.merge(command_line)
+        named = chosen.get("GatewayApp", {}).get("config_file")
+        path = Path(str(named or CONFIG_FILE)).expanduser().absolute()
+        if named is None and not path.exists():
+            return Config()
+        config = file_config(path)
+        check_names(config, classes, str(path))
+        return config
+
+
+async def _unless_asked(asked: asyncio.Task[Any], work: Any) -> bool:
+    """Return True once `work` is done; cancel it and return False when the process is asked to stop before."""
+    task = asyncio.ensure_future(work)
+    await asyncio.wait({asked, task}, return_when=asyncio.FIRST_COMPLETED)
+    if not task.done():
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        return False
+    task.result()
+    return True
+
+
+def _say(text: str) -> None:
+    """For the person at the terminal: standard output is theirs, the log goes to standard error."""
+    print(text, flush=True)
+
+
+def _warning() -> str:
+    lines = (
+        "WARNING: CODE IS NOT ISOLATED",
+        "",
+        "The process launcher runs all code as plain processes of this user:",
+        "it can read your files, use your network and stop your programs.",
+        "Start Docker (or set DOCKER_BASE_URL) to get locked-down containers.",
+    )
+    width = max(map(len, lines)) + 4
+    box = "\n".join(["!" * (width + 4), *(f"!!{line.center(width)}!!" for line in lines), "!" * (width + 4)])
+    return f"\n\033[1;31m{box}\033[0m\n" if sys.stdout.isatty() else f"\n{box}\n"
+
+
+def _set_up_logging(level: int | str) -> None:
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", stream=sys.stderr)
+    # Every request to the engine is one line there.
+    logging.getLogger("urllib3").setLevel(logging.WARNING)
+    logging.getLogger("asyncio").setLevel(logging.WARNING)

@@ -1,0 +1,48 @@
+"""The `samovar` command, one module per subcommand. Each is imported only when it is used."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from gateway import __version__
+
+#: name → module with `main(argv) -> exit code`, and what it is for
+COMMANDS = {
+    "serve": ("gateway.cli.serve", "keep sandboxes warm and serve them by HTTP and to Jupyter clients"),
+    "run": ("gateway.cli.run", "execute a notebook in a sandbox"),
+    "images": ("gateway.cli.images", "build, list and verify kernel images"),
+    "kernelspec": ("gateway.cli.kernelspec", "install the `sandbox` kernel for Jupyter"),
+}
+_USAGE_ERROR = 64
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0 if arguments else _USAGE_ERROR
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
+    if arguments[0] == "--help-all":
+        print(_help(), "\n", sep="")
+        arguments = ["serve", "--help-all"]
+    name, *rest = arguments
+    if name not in COMMANDS:
+        print(f"samovar: there is no command {name!r}; there is: {', '.join(COMMANDS)}.", file=sys.stderr)
+        return _USAGE_ERROR
+    command = importlib.import_module(COMMANDS[name][0])
+    code: int = command.main(rest)
+    return code
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:{width}}  {purpose}" for name, (_, purpose) in COMMANDS.items())
+    return (
+        "usage: samovar COMMAND [ARGUMENTS]\n\nPre-warmed Jupyter kernels in locked-down containers.\n\n"
+        f"{commands}\n\n`samovar COMMAND --help` says more; `samovar --help-all` explains every setting."
+    )

@@ -1,0 +1,146 @@
+"""The first cell: what `make run` shows, run through the gateway's own interface, and commands to go on with."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import nbformat
+from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
+from tornado.httpclient import AsyncHTTPClient, HTTPClientError
+
+from kernelprovisioner.kernelspecs import KERNELSPEC_NAME
+from kernelprovisioner.runtime import ENVIRONMENT_NAME, default_root
+
+if TYPE_CHECKING:
+    from gateway.server import Gateway
+
+_CODE = """import platform, sys
+print("Hello from Python", sys.version.split()[0], "on", platform.node())
+sum(range(101))"""
+_CELL_SECONDS = 150.0
+
+
+async def run(gateway: Gateway) -> None:
+    """Run the first cell, print its answer and timings, and one command line for each kind of client."""
+    print("\nThe first cell, by POST /exec:", flush=True)
+    for line in _CODE.splitlines():
+        print(f"    {line}")
+    try:
+        answer = await _post(gateway, {"code": _CODE, "lang": "py"})
+    except (HTTPClientError, OSError) as error:
+        body = (
+            error.response.body.decode(errors="replace")
+            if isinstance(error, HTTPClientError) and error.response
+            else ""
+        )
+        print(f"It failed: {error} {body}", flush=True)
+        return
+    print(_shown(answer), flush=True)
+    print(_commands(gateway), flush=True)
+
+
+async def _post(gateway: Gateway, body: dict[str, Any]) -> dict[str, Any]:
+    response = await AsyncHTTPClient().fetch(
+        f"{_url(gateway)}/exec",
+        method="POST",
+        body=json.dumps(body),
+        headers={"Content-Type": "application/json", "x-api-key": gateway.key.value},
+        request_timeout=_CELL_SECONDS,
+    )
+    answer: dict[str, Any] = json.loads(response.body)
+    return answer
+
+
+def _shown(answer: dict[str, Any]) -> str:
+    timings = answer["timings"]
+    results = [
+        output["data"]["text/plain"] for output in answer["outputs"] if output["output_type"] == "execute_result"
+    ]
+    lines = [
+        "Answer:",
+        *(f"    {line}" for line in (answer["stdout"] + answer["stderr"]).splitlines()),
+        *(f"    Out[{answer['execution_count']}]: {result}" for result in results),
+        f"Status {answer['status']}, sandbox {str(answer['container_id'])[:12]} ({answer['source']}): "
+        f"claim {timings['claim_ms']:.1f} ms, run {timings['run_ms']:.1f} ms, total {timings['total_ms']:.1f} ms",
+    ]
+    return "\n".join(lines)
+
+
+def _commands(gateway: Gateway) -> str:
+    notebook = shlex.quote(str(_example_notebook(gateway.settings.data_directory)))
+    python = shlex.quote(sys.executable)
+    body = shlex.quote(json.dumps({"lang": "py", "code": "print(6 * 7)"}))
+    curl = f"curl -s {_url(gateway)}/exec -H {_key_header(gateway)} -H 'Content-Type: application/json' -d {body}"
+    here = _same_runtime(gateway)
+    nbclient = (
+        "import nbclient, nbformat as f; n = f.v4.new_notebook(cells=[f.v4.new_code_cell('print(6 * 7)')]); "
+        f"nbclient.NotebookClient(n, kernel_name='{KERNELSPEC_NAME}').execute(); print(n.cells[0].outputs[0].text)"
+    )
+    root = " --allow-root" if os.geteuid() == 0 else ""
+    return "\n".join(
+        [
+            "",
+            "Now try, in a second terminal:",
+            *_missing_kernelspec(),
+            "",
+            "# curl",
+            curl,
+            "# nbclient",
+            f'{here}{python} -c "{nbclient}"',
+            "# papermill",
+            f"{_installed('papermill', python)}{here}{python} -m papermill -k {KERNELSPEC_NAME} {notebook} -",
+            "# JupyterLab: choose the kernel Python 3 (sandbox)",
+            f"{_installed('jupyterlab', python)}{here}{python} -m jupyterlab{root}",
+            "",
+            "Ctrl-C stops the gateway.",
+        ]
+    )
+
+
+def _example_notebook(directory: Path) -> Path:
+    """A small notebook that the printed commands can run, kept in the data directory."""
+    path = directory / "first-cell.ipynb"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(_CODE)])
+    path.write_text(nbformat.writes(notebook), encoding="utf-8")
+    return path
+
+
+def _url(gateway: Gateway) -> str:
+    host = gateway.settings.host
+    if host in ("", "0.0.0.0", "::"):
+        host = "127.0.0.1"
+    return f"http://[{host}]:{gateway.port}" if ":" in host else f"http://{host}:{gateway.port}"
+
+
+def _key_header(gateway: Gateway) -> str:
+    """The key itself is not printed: it is read from its file, or from the variable that it came from."""
+    if gateway.key.path is not None:
+        return f'"x-api-key: $(cat {shlex.quote(str(gateway.key.path))})"'
+    return '"x-api-key: $API_KEY"'
+
+
+def _same_runtime(gateway: Gateway) -> str:
+    """What a client needs to find the claim socket where it is not in the usual place."""
+    path = gateway.runtime.path
+    plain = {name: value for name, value in os.environ.items() if name != ENVIRONMENT_NAME}
+    return "" if path == default_root(plain, os.geteuid()) else f"{ENVIRONMENT_NAME}={shlex.quote(str(path))} "
+
+
+def _installed(module: str, python: str) -> str:
+    return "" if importlib.util.find_spec(module) is not None else f"{python} -m pip install -q {module} && "
+
+
+def _missing_kernelspec() -> list[str]:
+    try:
+        KernelSpecManager().get_kernel_spec(KERNELSPEC_NAME)
+    except NoSuchKernel:
+        return [
+            f"# once, so that Jupyter finds the kernel\n{shlex.quote(sys.executable)} -m gateway.cli kernelspec install"
+        ]
+    return []

@@ -1,0 +1,241 @@
+"""Gateway: the running parts in the order in which they start, and stop the other way round."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tornado.httpserver import HTTPServer
+from tornado.netutil import bind_sockets
+from traitlets.config import Configurable
+
+from gateway import __version__
+from gateway.auth import DEFAULT_OWNER, ApiKey, KeyCheck, find_key
+from gateway.container_images import ContainerImages
+from gateway.errors import ExitCode, StartError
+from gateway.handlers import make_application
+from gateway.handlers.base import Services
+from gateway.health import Check, Health
+from gateway.sessions import SessionRegistry
+from gateway.settings import ExecutionSettings, PoolSettings, SandboxLimits
+from kernelprovisioner.claim_server import ClaimServer, SocketInUse
+from kernelprovisioner.images import ImageError, KernelImage, read_images
+from kernelprovisioner.launchers import DockerLauncher, LauncherKind, make_launcher
+from kernelprovisioner.launchers.base import LaunchError
+from kernelprovisioner.launchers.configurable import ConfigurableLauncher
+from kernelprovisioner.pool import SandboxPool
+from kernelprovisioner.runtime import RuntimeDirectoryError, RuntimeRoot
+from kernelprovisioner.sandbox import Sandboxes
+
+_MAX_BODY_BYTES = 8 * 1024 * 1024
+_BODY_SECONDS = 30.0
+#: After the drain: how long the last answers (their sandboxes are gone) may take to be sent.
+_LAST_ANSWERS_SECONDS = 5.0
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class GatewaySettings:
+    """What a gateway starts with. `images`: names of kernel images, empty for all."""
+
+    host: str
+    port: int
+    launcher: LauncherKind
+    images: tuple[str, ...]
+    data_directory: Path
+    runtime_directory: Path | None
+    api_key: str
+    drain_timeout: float
+    local_monitoring: bool
+
+
+class Gateway:
+    """A running gateway. `start` and `stop` belong together; a start that fails leaves nothing behind."""
+
+    key: ApiKey
+    launcher: ConfigurableLauncher
+    runtime: RuntimeRoot
+
+    def __init__(self, settings: GatewaySettings, parent: Configurable, report: Callable[[str], None]) -> None:
+        """`parent` carries the configuration of the parts; `report` is told what takes long."""
+        self.settings = settings
+        self._parent = parent
+        self._report = report
+        self._stack = AsyncExitStack()
+        self.hurry = asyncio.Event()
+        self.images: dict[str, KernelImage] = {}
+        self.pools: dict[str, SandboxPool] = {}
+        self.port = settings.port
+
+    @property
+    def isolated(self) -> bool:
+        """Whether user code is locked into containers."""
+        return isinstance(self.launcher, DockerLauncher)
+
+    async def start(self) -> None:
+        """Start all parts. Raises StartError with one sentence for a person."""
+        try:
+            await self._start()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+
+    async def stop(self) -> None:
+        """Answer what was accepted, as far as the drain timeout lets it end; leave nothing behind."""
+        await self._stack.aclose()
+
+    async def _start(self) -> None:
+        settings, stack = self.settings, self._stack
+        self.key = _prepare_data(settings)
+        execution = ExecutionSettings(parent=self._parent)
+        pool_settings = PoolSettings(parent=self._parent)
+        self.images = _chosen_images(settings.images, SandboxLimits(parent=self._parent))
+        bounds = {name: pool_settings.of(image) for name, image in self.images.items()}
+        sockets = _bind(settings.host, settings.port)
+        for each in sockets:
+            stack.callback(each.close)
+        self.port = int(sockets[0].getsockname()[1])
+        self.runtime = _open_runtime(settings.runtime_directory)
+        self.launcher = await make_launcher(settings.launcher, runtime=self.runtime, parent=self._parent)
+        images: ContainerImages | None = None
+        if isinstance(self.launcher, DockerLauncher):
+            images = ContainerImages(self.launcher.docker_url, settings.data_directory, self._report)
+        sandboxes = Sandboxes(self.launcher)
+        try:
+            await sandboxes.start()
+        except LaunchError as error:
+            raise StartError(f"No sandbox can be started: {error}", ExitCode.NO_ENGINE) from None
+        stack.push_async_callback(sandboxes.stop)
+        if images is not None:
+            for image in self.images.values():
+                await images.ensure(image)
+        for name, image in self.images.items():
+            self.pools[name] = SandboxPool(image, sandboxes, bounds=bounds[name], line_bound=pool_settings.line_bound)
+        sessions = SessionRegistry(self.pools, execution.cell_limits, line_timeout=pool_settings.line_timeout)
+        for pool in self.pools.values():
+            await pool.start()
+            stack.push_async_callback(pool.stop)
+        await self._serve_claims()
+        services = Services(
+            keys=KeyCheck({self.key.value: DEFAULT_OWNER}),
+            sessions=sessions,
+            pools=self.pools,
+            images=self.images,
+            health=Health(__version__, self._checks(images)),
+            max_execution_time=execution.max_execution_time,
+            local_monitoring=settings.local_monitoring,
+        )
+        self._serve_http(services, sockets)
+
+    async def _serve_claims(self) -> None:
+        claims = ClaimServer(self.pools, self.runtime.claim_socket)
+        try:
+            await claims.start()
+        except SocketInUse as error:
+            raise StartError(f"The claim socket is in use: {error}.", ExitCode.PORT_IN_USE) from None
+        except OSError as error:
+            raise StartError(f"The claim socket {claims.path} cannot be made: {error}.", ExitCode.UNWRITABLE) from None
+        self._stack.push_async_callback(claims.stop)
+
+    def _serve_http(self, services: Services, sockets: list[socket.socket]) -> None:
+        server = HTTPServer(
+            make_application(services),
+            max_body_size=_MAX_BODY_BYTES,
+            max_buffer_size=_MAX_BODY_BYTES + 64 * 1024,
+            body_timeout=_BODY_SECONDS,
+        )
+        server.add_sockets(sockets)
+        self._stack.push_async_callback(self._stop_http, server, services)
+
+    async def _stop_http(self, server: HTTPServer, services: Services) -> None:
+        """No new connections; cells end, are cut off with their sandboxes, and are answered; then all hang up."""
+        server.stop()
+        await services.sessions.drain(self.settings.drain_timeout, self.hurry)
+        await asyncio.gather(*(pool.stop() for pool in self.pools.values()))
+        await services.sessions.drain(_LAST_ANSWERS_SECONDS, asyncio.Event())
+        await server.close_all_connections()
+
+    def _checks(self, images: ContainerImages | None) -> dict[str, Check]:
+        async def engine() -> dict[str, Any]:
+            if images is None:
+                return {"status": "healthy", "launcher": self.launcher.name, "isolated": False}
+            return {"status": "healthy", "launcher": self.launcher.name, "isolated": True, **await images.engine()}
+
+        checks: dict[str, Check] = {"engine": engine}
+        for name, pool in self.pools.items():
+            checks[f"pool:{name}"] = _pool_check(pool)
+            if images is not None:
+                checks[f"image:{name}"] = _image_check(images, self.images[name])
+        return checks
+
+
+def _pool_check(pool: SandboxPool) -> Check:
+    async def check() -> dict[str, Any]:
+        found = pool.describe()
+        failing = bool(found["failures_in_a_row"])
+        usable = bool(found["warm"] + found["claimed"])
+        return {"status": "healthy" if not failing else "degraded" if usable else "unhealthy", **found}
+
+    return check
+
+
+def _image_check(images: ContainerImages, image: KernelImage) -> Check:
+    def check() -> Awaitable[dict[str, Any]]:
+        return images.state(image)
+
+    return check
+
+
+def _prepare_data(settings: GatewaySettings) -> ApiKey:
+    directory = settings.data_directory
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise StartError(
+            f"The data directory {directory} cannot be made: {error.strerror}; set SAMOVAR_DATA_DIR to another one.",
+            ExitCode.UNWRITABLE,
+        ) from None
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise StartError(
+            f"The data directory {directory} cannot be written; set SAMOVAR_DATA_DIR to another one.",
+            ExitCode.UNWRITABLE,
+        )
+    return find_key(settings.api_key, directory)
+
+
+def _open_runtime(directory: Path | None) -> RuntimeRoot:
+    try:
+        return RuntimeRoot.open(directory)
+    except RuntimeDirectoryError as error:
+        raise StartError(f"The gateway cannot start: {error}.", ExitCode.UNWRITABLE) from None
+
+
+def _chosen_images(names: tuple[str, ...], limits: SandboxLimits) -> dict[str, KernelImage]:
+    try:
+        there = read_images()
+    except ImageError as error:
+        raise StartError(f"Bad configuration: {error}", ExitCode.CONFIGURATION) from None
+    for name in names:
+        if name not in there:
+            listed = ", ".join(there) or "none"
+            raise StartError(f"There is no kernel image {name!r}; there is: {listed}.", ExitCode.NO_IMAGE)
+    return {name: limits.applied_to(image) for name, image in there.items() if not names or name in names}
+
+
+def _bind(host: str, port: int) -> list[socket.socket]:
+    try:
+        return bind_sockets(port, host)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            text = f"Port {port} of {host} is in use; choose another one with --port or API_PORT."
+        else:
+            text = f"The gateway cannot listen on {host}, port {port}: {error.strerror}."
+        raise StartError(text, ExitCode.PORT_IN_USE) from None

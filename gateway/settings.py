@@ -1,0 +1,206 @@
+"""Settings: traits beside those of the gateway itself, and how environment variables and a file reach all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import traceback
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from traitlets import Dict, Float, Integer, TraitError, TraitType
+from traitlets.config import Config, Configurable
+from traitlets.config.loader import ConfigFileNotFound, PyFileConfigLoader
+
+from gateway.errors import ExitCode, StartError
+from gateway.execution import CellLimits
+from kernelprovisioner.images import KernelImage, PoolBounds
+
+PREFIX = "SAMOVAR_"
+#: Names of the environment that other parts read, or that are set for processes we start.
+_OTHER_NAMES = frozenset({"SAMOVAR_CLAIM_SOCKET", "SAMOVAR_KERNEL", "SAMOVAR_SUPERVISOR"})
+#: What operators of code interpreters set already: name → class and trait.
+KNOWN_NAMES = {
+    "API_HOST": ("GatewayApp", "host"),
+    "API_PORT": ("GatewayApp", "port"),
+    "API_KEY": ("GatewayApp", "api_key"),
+    "LOG_LEVEL": ("GatewayApp", "log_level"),
+    "DOCKER_BASE_URL": ("DockerLauncher", "docker_url"),
+    "CONTAINER_POOL_MIN_SIZE": ("PoolSettings", "min_size"),
+    "CONTAINER_POOL_MAX_SIZE": ("PoolSettings", "max_size"),
+    "MAX_EXECUTION_TIME": ("ExecutionSettings", "max_execution_time"),
+    "MAX_MEMORY_MB": ("SandboxLimits", "memory_mb"),
+    "MAX_CPUS": ("SandboxLimits", "cpus"),
+    "MAX_PIDS": ("SandboxLimits", "pids"),
+}
+#: The same for the pool of one kernel image: name → image and bound.
+_IMAGE_BOUNDS = {
+    "CONTAINER_POOL_PY_MIN": ("python", "min"),
+    "CONTAINER_POOL_PY_MAX": ("python", "max"),
+}
+
+
+class PoolSettings(Configurable):
+    """How many sandboxes are kept. What is not set here, each kernel image's image.toml says."""
+
+    min_size = Integer(None, min=0, allow_none=True, help="Warm sandboxes kept ready for each kernel image.").tag(
+        config=True
+    )
+    max_size = Integer(
+        None, min=1, allow_none=True, help="Most live sandboxes of each kernel image, warm and claimed."
+    ).tag(config=True)
+    bounds = Dict(help='Bounds for single kernel images, before the two above: {"python": {"min": 2, "max": 20}}.').tag(
+        config=True
+    )
+    line_bound = Integer(
+        None, min=0, allow_none=True, help="Requests that may wait for a sandbox; default: 4 times the maximum."
+    ).tag(config=True)
+    line_timeout = Float(120.0, min=0.1, help="Seconds that a request may wait for a sandbox.").tag(config=True)
+
+    def of(self, image: KernelImage) -> PoolBounds:
+        """The bounds of one image's pool. Raises StartError where they make no sense."""
+        own = self.bounds.get(image.name, {})
+        if not isinstance(own, dict) or not set(own) <= {"min", "max"}:
+            raise _bad(f"PoolSettings.bounds[{image.name!r}] needs a dictionary with min and max, not {own!r}")
+        least = own.get("min", image.pool.min if self.min_size is None else self.min_size)
+        most = own.get("max", image.pool.max if self.max_size is None else self.max_size)
+        for value in (least, most):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise _bad(f"the pool bounds of {image.name!r} need whole numbers, not {value!r}")
+        if "max" not in own and self.max_size is None:
+            # Who asks for more warm ones than image.toml allows at most means both.
+            most = max(most, least)
+        elif "min" not in own and self.min_size is None:
+            least = min(least, most)
+        if not 0 <= least <= most or most < 1:
+            raise _bad(f"the pool of {image.name!r} cannot have min={least} and max={most}")
+        return PoolBounds(least, most)
+
+
+class SandboxLimits(Configurable):
+    """What the operating system enforces on each sandbox. What is not set here, each kernel image's image.toml says."""
+
+    memory_mb = Integer(
+        None, min=64, allow_none=True, help="Memory in MiB; what the in-memory work directory may hold comes on top."
+    ).tag(config=True)
+    cpus = Float(None, min=0.05, allow_none=True, help="CPU cores.").tag(config=True)
+    pids = Integer(None, min=16, allow_none=True, help="Processes and threads.").tag(config=True)
+
+    def applied_to(self, image: KernelImage) -> KernelImage:
+        """The image with these limits."""
+        changes = {name: getattr(self, name) for name in ("memory_mb", "cpus", "pids")}
+        chosen = {name: value for name, value in changes.items() if value is not None}
+        return dataclasses.replace(image, limits=dataclasses.replace(image.limits, **chosen))
+
+
+class ExecutionSettings(Configurable):
+    """Bounds on one cell that comes by HTTP."""
+
+    max_execution_time = Float(60.0, min=0.1, help="Longest time limit of a cell in seconds, and the default.").tag(
+        config=True
+    )
+    interrupt_grace = Float(
+        5.0, min=0.1, help="Seconds that an interrupted cell has to end before its sandbox is killed."
+    ).tag(config=True)
+    max_output_mb = Float(
+        8.0, min=0.01, help="Most output of one cell in MiB, and most text of each of its streams; the rest is cut."
+    ).tag(config=True)
+    max_outputs = Integer(1000, min=1, help="Most outputs of one cell; the rest is cut.").tag(config=True)
+
+    @property
+    def cell_limits(self) -> CellLimits:
+        return CellLimits(self.interrupt_grace, int(self.max_output_mb * 2**20), self.max_outputs)
+
+
+def environment_config(classes: Iterable[type[Configurable]], environ: Mapping[str, str]) -> tuple[Config, list[str]]:
+    """Return what the environment sets, and the SAMOVAR_ names that mean nothing.
+
+    SAMOVAR_PORT is GatewayApp.port, SAMOVAR_POOL_SETTINGS_MIN_SIZE is PoolSettings.min_size, and so on; they win over
+    the names in KNOWN_NAMES. Raises StartError where a value cannot be read.
+    """
+    traits = {(cls.__name__, name): trait for cls in classes for name, trait in cls.class_traits(config=True).items()}
+    config = Config()
+    for variable, target in KNOWN_NAMES.items():
+        if environ.get(variable):
+            _set(config, target, traits[target], variable, environ[variable])
+    for variable, (image, bound) in _IMAGE_BOUNDS.items():
+        if environ.get(variable):
+            value = _parsed(Integer(), variable, environ[variable])
+            config["PoolSettings"].setdefault("bounds", {}).setdefault(image, {})[bound] = value
+    ours = {environment_name(*target): target for target in traits}
+    unknown = []
+    for variable, value in environ.items():
+        if variable in ours:
+            _set(config, ours[variable], traits[ours[variable]], variable, value)
+        elif variable.startswith(PREFIX) and variable not in _OTHER_NAMES:
+            unknown.append(variable)
+    return config, sorted(unknown)
+
+
+def environment_name(class_name: str, trait: str) -> str:
+    """The environment variable that sets a trait."""
+    if class_name == "GatewayApp":
+        return f"{PREFIX}{trait.upper()}"
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", class_name)
+    return f"{PREFIX}{words.upper()}_{trait.upper()}"
+
+
+def file_config(path: Path) -> Config:
+    """Return what a configuration file sets. Raises StartError that names file and line."""
+    try:
+        return PyFileConfigLoader(path.name, str(path.parent)).load_config()
+    except ConfigFileNotFound:
+        raise _bad(f"the configuration file {path} does not exist") from None
+    except SyntaxError as error:
+        raise _bad(f"{path}, line {error.lineno}: {error.msg}") from None
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        where = f"{path}, line {lines[-1]}" if lines else str(path)
+        raise _bad(f"{where}: {type(error).__name__}: {error}") from None
+
+
+def check_names(config: Config, classes: Iterable[type[Configurable]], where: str) -> None:
+    """Raise StartError for the first class or trait in `config` that does not exist."""
+    known = {cls.__name__: cls for cls in classes}
+    # A subclass is also set through the names of what it inherits from.
+    for cls in list(known.values()):
+        for parent in cls.mro():
+            if isinstance(parent, type) and issubclass(parent, Configurable):
+                known.setdefault(parent.__name__, parent)
+    for section, values in config.items():
+        if section not in known:
+            raise _bad(f"{where}: there is no class {section!r}{_nearest(section, known)}")
+        traits = known[section].class_traits(config=True)
+        for name in values:
+            if name not in traits:
+                raise _bad(f"{where}: {section} has no setting {name!r}{_nearest(name, traits)}")
+
+
+def bad_trait(error: TraitError) -> StartError:
+    """The sentence for a value that a trait refuses."""
+    return _bad(" ".join(str(error).split()).rstrip("."))
+
+
+def _set(config: Config, target: tuple[str, str], trait: TraitType[Any, Any], variable: str, text: str) -> None:
+    section, name = target
+    config[section][name] = _parsed(trait, variable, text.upper() if name == "log_level" else text)
+
+
+def _parsed(trait: TraitType[Any, Any], variable: str, text: str) -> Any:
+    try:
+        value = trait.from_string(text)
+        return trait.validate(None, value) if value is not None and hasattr(trait, "validate") else value
+    except (TraitError, ValueError, TypeError, SyntaxError) as error:
+        reason = " ".join(str(error).split())
+        raise _bad(f"the environment variable {variable}={text!r} cannot be used: {reason}") from None
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; do you mean {close[0]!r}?" if close else ""
+
+
+def _bad(text: str) -> StartError:
+    return StartError(f"Bad configuration: {text}.", ExitCode.CONFIGURATION)

@@ -1,0 +1,84 @@
+"""KernelMonitor: listens to a kernel that others talk to, to know which cell runs and what output has arrived."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kernelprovisioner.launchers.base import Endpoint
+from kernelprovisioner.wire import KernelWire, Message, WireError
+
+#: Status, input and the other messages of the kernel itself, and its output streams; nothing of comms and widgets.
+_TOPICS = (b"kernel.", b"stream.")
+_MAX_RUNNING = 64
+_MAX_REMEMBERED = 4096
+
+
+@dataclass
+class RunningCell:
+    """A cell that has begun and has no `idle` yet: its request's header, as its sender wrote it."""
+
+    header: dict[str, Any]
+    execution_count: int | None = None
+
+
+class KernelMonitor:
+    """A second subscriber of one kernel. Not thread-safe: it belongs to the loop that made it."""
+
+    def __init__(self, wire: KernelWire, on_cell_end: Callable[[], None]) -> None:
+        self._wire = wire
+        self._on_cell_end = on_cell_end
+        self._running: OrderedDict[str, RunningCell] = OrderedDict()
+        self._streams: OrderedDict[str, None] = OrderedDict()
+        wire.on_other = self._heard
+
+    @classmethod
+    async def connect(
+        cls, channels: Mapping[str, Endpoint], key: bytes, on_cell_end: Callable[[], None], *, timeout: float
+    ) -> KernelMonitor:
+        """Return a monitor that hears; `on_cell_end` is called after each cell's `idle`. Raises WireError."""
+        wire = await KernelWire.connect(channels, key, timeout=timeout, names=("iopub",), topics=_TOPICS)
+        return cls(wire, on_cell_end)
+
+    @property
+    def running(self) -> list[RunningCell]:
+        """The cells that have begun and not ended, the first one first."""
+        return list(self._running.values())
+
+    @property
+    def received(self) -> set[str]:
+        """Ids of the last stream messages that arrived."""
+        return set(self._streams)
+
+    async def close(self) -> None:
+        await self._wire.close()
+
+    def _heard(self, message: Message) -> None:
+        try:
+            self._note(message)
+        except WireError:
+            # Content that is not JSON tells us nothing; whoever it is meant for will say so.
+            return
+
+    def _note(self, message: Message) -> None:
+        if message.msg_type == "stream":
+            self._streams[message.msg_id] = None
+            if len(self._streams) > _MAX_REMEMBERED:
+                self._streams.popitem(last=False)
+        elif message.parent_header.get("msg_type") != "execute_request":
+            return
+        elif message.msg_type == "status":
+            self._note_status(message, message.content.get("execution_state"))
+        elif message.msg_type == "execute_input" and message.parent_id in self._running:
+            count = message.content.get("execution_count")
+            self._running[message.parent_id].execution_count = count if isinstance(count, int) else None
+
+    def _note_status(self, message: Message, state: object) -> None:
+        if state == "busy":
+            self._running[message.parent_id] = RunningCell(message.parent_header)
+            if len(self._running) > _MAX_RUNNING:
+                self._running.popitem(last=False)
+        elif state == "idle" and self._running.pop(message.parent_id, None) is not None:
+            self._on_cell_end()
