@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import os
 import signal
@@ -13,8 +14,9 @@ from typing import Any, cast
 
 from traitlets import Bool, Enum, Float, Integer, List, TraitError, Unicode, default
 from traitlets.config import Application, Config, Configurable
+from traitlets.config.loader import ArgumentError
 
-from gateway import __version__, first_cell
+from gateway import __version__
 from gateway.server import Gateway, GatewaySettings
 from gateway.settings import (
     ExecutionSettings,
@@ -91,7 +93,8 @@ class GatewayApp(Application):
     def initialize(self, argv: list[str] | None = None) -> None:
         """Bring all configuration together. Raises StartError for what is wrong in it."""
         try:
-            self.parse_command_line(argv)
+            # Unwrapped: its decorator would print and exit with 1 by itself.
+            inspect.unwrap(Application.parse_command_line)(self, argv)
             command_line = self.cli_config
             classes: list[type[Configurable]] = [type(self), *self.classes]
             environment, unknown = environment_config(classes, os.environ)
@@ -100,7 +103,7 @@ class GatewayApp(Application):
             for config in (self._file(command_line, environment, classes), environment, command_line):
                 merged.merge(config)
             self.update_config(merged)
-        except TraitError as error:
+        except (TraitError, ArgumentError) as error:
             raise bad_trait(error) from None
         if self.extra_args:
             raise bad_trait(TraitError(f"{self.extra_args[0]!r} is no option of samovar serve"))
@@ -149,6 +152,9 @@ class GatewayApp(Application):
         try:
             self._announce(gateway)
             if self.first_cell:
+                # It imports what only this needs.
+                from gateway import first_cell
+
                 await _unless_asked(asked, first_cell.run(gateway))
             await asked
             _say(f"Stopping: running cells are given up to {self.drain_timeout:g} s (Ctrl-C again: none).")

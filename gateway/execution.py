@@ -173,7 +173,7 @@ class _Run:
                 self._take_output(message)
             elif message.channel == "shell" and message.msg_type == "execute_reply":
                 self._take_reply(message.content)
-        except WireError as error:
+        except (WireError, RecursionError, ValueError) as error:
             _log.debug("message of a cell dropped: %s", error)
         if self._idle and self.replied and not self.finished.done():
             self.finished.set_result(None)

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import nbformat
 from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError
 
@@ -22,17 +21,21 @@ if TYPE_CHECKING:
 
 _CODE = """import platform, sys
 print("Hello from Python", sys.version.split()[0], "on", platform.node())
-sum(range(101))"""
+total = sum(range(101))
+print("The sum of 1 to 100 is", total)"""
+_SECOND_CODE = "total + 1"
 _CELL_SECONDS = 150.0
 
 
 async def run(gateway: Gateway) -> None:
     """Run the first cell, print its answer and timings, and one command line for each kind of client."""
-    print("\nThe first cell, by POST /exec:", flush=True)
-    for line in _CODE.splitlines():
-        print(f"    {line}")
     try:
+        print(f"\nThe first cell, by POST /exec:\n{_indented(_CODE)}", flush=True)
         answer = await _post(gateway, {"code": _CODE, "lang": "py"})
+        print(_shown(answer), flush=True)
+        print(f"\nAnother one in the same session:\n{_indented(_SECOND_CODE)}", flush=True)
+        answer = await _post(gateway, {"code": _SECOND_CODE, "lang": "py", "session_id": answer["session_id"]})
+        print(_shown(answer), flush=True)
     except (HTTPClientError, OSError) as error:
         body = (
             error.response.body.decode(errors="replace")
@@ -41,7 +44,6 @@ async def run(gateway: Gateway) -> None:
         )
         print(f"It failed: {error} {body}", flush=True)
         return
-    print(_shown(answer), flush=True)
     print(_commands(gateway), flush=True)
 
 
@@ -57,19 +59,17 @@ async def _post(gateway: Gateway, body: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
+def _indented(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.splitlines())
+
+
 def _shown(answer: dict[str, Any]) -> str:
     timings = answer["timings"]
-    results = [
-        output["data"]["text/plain"] for output in answer["outputs"] if output["output_type"] == "execute_result"
-    ]
-    lines = [
-        "Answer:",
-        *(f"    {line}" for line in (answer["stdout"] + answer["stderr"]).splitlines()),
-        *(f"    Out[{answer['execution_count']}]: {result}" for result in results),
+    return (
+        f"Answer:\n{_indented(answer['stdout'] + answer['stderr'])}\n"
         f"Status {answer['status']}, sandbox {str(answer['container_id'])[:12]} ({answer['source']}): "
-        f"claim {timings['claim_ms']:.1f} ms, run {timings['run_ms']:.1f} ms, total {timings['total_ms']:.1f} ms",
-    ]
-    return "\n".join(lines)
+        f"claim {timings['claim_ms']:.1f} ms, run {timings['run_ms']:.1f} ms, total {timings['total_ms']:.1f} ms"
+    )
 
 
 def _commands(gateway: Gateway) -> str:
@@ -80,7 +80,7 @@ def _commands(gateway: Gateway) -> str:
     here = _same_runtime(gateway)
     nbclient = (
         "import nbclient, nbformat as f; n = f.v4.new_notebook(cells=[f.v4.new_code_cell('print(6 * 7)')]); "
-        f"nbclient.NotebookClient(n, kernel_name='{KERNELSPEC_NAME}').execute(); print(n.cells[0].outputs[0].text)"
+        f"nbclient.NotebookClient(n, kernel_name='{KERNELSPEC_NAME}').execute(); print(n.cells[0].outputs[-1].text)"
     )
     root = " --allow-root" if os.geteuid() == 0 else ""
     return "\n".join(
@@ -106,8 +106,16 @@ def _commands(gateway: Gateway) -> str:
 def _example_notebook(directory: Path) -> Path:
     """A small notebook that the printed commands can run, kept in the data directory."""
     path = directory / "first-cell.ipynb"
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(_CODE)])
-    path.write_text(nbformat.writes(notebook), encoding="utf-8")
+    cell: dict[str, Any] = {
+        "cell_type": "code",
+        "id": "first",
+        "execution_count": None,
+        "metadata": {},
+        "outputs": [],
+        "source": _CODE,
+    }
+    notebook = {"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+    path.write_text(json.dumps(notebook, indent=1) + "\n", encoding="utf-8")
     return path
 
 

@@ -74,7 +74,7 @@ class OutputCollector:
         return set(self._stream_ids)
 
     def take(self, message: Message) -> None:
-        """Take in one iopub message of the cell. Raises WireError where its content is not JSON."""
+        """Take in one iopub message of the cell. Raises WireError, RecursionError, ValueError where it makes no sense."""
         content = message.content
         match message.msg_type:
             case "stream":
@@ -206,11 +206,14 @@ def cell_error(content: dict[str, Any]) -> CellError:
 
 
 def to_json(value: object) -> bytes:
-    """`value` as JSON; a lone surrogate in a string, which UTF-8 cannot carry, becomes its escape."""
+    """`value` as JSON; a lone surrogate in a string, which UTF-8 cannot carry, becomes its escape.
+
+    Raises RecursionError or ValueError where it cannot be JSON.
+    """
     try:
         return msgspec.json.encode(value)
     except UnicodeEncodeError:
-        return json.dumps(msgspec.to_builtins(value), default=_raw).encode()
+        return json.dumps(value, default=_raw, allow_nan=False).encode()
 
 
 def _raw(value: object) -> object:
@@ -221,7 +224,7 @@ def _append(stream: _Stream, text: str, room: int) -> int:
     """Append what fits into `room` bytes; return how many bytes did not."""
     if stream.cut:
         # Once something was cut nothing follows it: the text that is kept has no holes.
-        return len(text.encode("utf-8", "surrogatepass"))
+        return _bytes(text)
     kept, size, cut = _head(text, room)
     stream.text.write(kept)
     stream.size += size
@@ -230,6 +233,9 @@ def _append(stream: _Stream, text: str, room: int) -> int:
 
 def _head(text: str, room: int) -> tuple[str, int, int]:
     """The beginning of `text` that has at most `room` bytes of UTF-8: it, its size, and the size of the rest."""
+    if text.isascii():
+        kept = text[: max(room, 0)]
+        return kept, len(kept), len(text) - len(kept)
     encoded = text.encode("utf-8", "surrogatepass")
     if len(encoded) <= room:
         return text, len(encoded), 0
@@ -237,6 +243,10 @@ def _head(text: str, room: int) -> tuple[str, int, int]:
     while end and encoded[end] & 0xC0 == 0x80:
         end -= 1
     return encoded[:end].decode("utf-8", "surrogatepass"), end, len(encoded) - end
+
+
+def _bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
 def _text(stream: _Stream, limit: int) -> str:

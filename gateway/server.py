@@ -123,7 +123,7 @@ class Gateway:
         for pool in self.pools.values():
             await pool.start()
             stack.push_async_callback(pool.stop)
-        await self._serve_claims()
+        claims = await self._serve_claims()
         services = Services(
             keys=KeyCheck({self.key.value: DEFAULT_OWNER}),
             sessions=sessions,
@@ -133,9 +133,9 @@ class Gateway:
             max_execution_time=execution.max_execution_time,
             local_monitoring=settings.local_monitoring,
         )
-        self._serve_http(services, sockets)
+        self._serve_http(services, claims, sockets)
 
-    async def _serve_claims(self) -> None:
+    async def _serve_claims(self) -> ClaimServer:
         claims = ClaimServer(self.pools, self.runtime.claim_socket)
         try:
             await claims.start()
@@ -144,8 +144,9 @@ class Gateway:
         except OSError as error:
             raise StartError(f"The claim socket {claims.path} cannot be made: {error}.", ExitCode.UNWRITABLE) from None
         self._stack.push_async_callback(claims.stop)
+        return claims
 
-    def _serve_http(self, services: Services, sockets: list[socket.socket]) -> None:
+    def _serve_http(self, services: Services, claims: ClaimServer, sockets: list[socket.socket]) -> None:
         server = HTTPServer(
             make_application(services),
             max_body_size=_MAX_BODY_BYTES,
@@ -153,12 +154,14 @@ class Gateway:
             body_timeout=_BODY_SECONDS,
         )
         server.add_sockets(sockets)
-        self._stack.push_async_callback(self._stop_http, server, services)
+        self._stack.push_async_callback(self._drain, server, services, claims)
 
-    async def _stop_http(self, server: HTTPServer, services: Services) -> None:
+    async def _drain(self, server: HTTPServer, services: Services, claims: ClaimServer) -> None:
         """No new connections; cells end, are cut off with their sandboxes, and are answered; then all hang up."""
         server.stop()
         await services.sessions.drain(self.settings.drain_timeout, self.hurry)
+        # Holders are told before their sandboxes go.
+        await claims.stop()
         await asyncio.gather(*(pool.stop() for pool in self.pools.values()))
         await services.sessions.drain(_LAST_ANSWERS_SECONDS, asyncio.Event())
         await server.close_all_connections()

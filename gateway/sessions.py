@@ -154,6 +154,9 @@ class SessionRegistry:
                 session.turn.release()
                 session.last_activity = datetime.now(UTC)
         finally:
+            if not session.executions and not session.waiting and session.sandbox is None:
+                # Its first cell never ran: nobody has heard of this session.
+                self._sessions.pop((session.owner, session.id), None)
             self._active -= 1
             self._now_quiet()
 

@@ -171,21 +171,24 @@ def check_names(config: Config, classes: Iterable[type[Configurable]], where: st
                 known.setdefault(parent.__name__, parent)
     for section, values in config.items():
         if section not in known:
-            raise _bad(f"{where}: there is no class {section!r}{_nearest(section, known)}")
+            raise _bad(f"{where}: there is no option or class {section!r}{_nearest(section, known)}")
         traits = known[section].class_traits(config=True)
         for name in values:
             if name not in traits:
                 raise _bad(f"{where}: {section} has no setting {name!r}{_nearest(name, traits)}")
 
 
-def bad_trait(error: TraitError) -> StartError:
+def bad_trait(error: Exception) -> StartError:
     """The sentence for a value that a trait refuses."""
-    return _bad(" ".join(str(error).split()).rstrip("."))
+    return _bad(_in_words(error))
 
 
 def _set(config: Config, target: tuple[str, str], trait: TraitType[Any, Any], variable: str, text: str) -> None:
     section, name = target
-    config[section][name] = _parsed(trait, variable, text.upper() if name == "log_level" else text)
+    if name == "log_level":
+        # As Python's logging calls it; traitlets knows the short name only.
+        text = text.upper().replace("WARNING", "WARN")
+    config[section][name] = _parsed(trait, variable, text)
 
 
 def _parsed(trait: TraitType[Any, Any], variable: str, text: str) -> Any:
@@ -193,13 +196,17 @@ def _parsed(trait: TraitType[Any, Any], variable: str, text: str) -> Any:
         value = trait.from_string(text)
         return trait.validate(None, value) if value is not None and hasattr(trait, "validate") else value
     except (TraitError, ValueError, TypeError, SyntaxError) as error:
-        reason = " ".join(str(error).split())
-        raise _bad(f"the environment variable {variable}={text!r} cannot be used: {reason}") from None
+        raise _bad(f"the environment variable {variable}={text!r} cannot be used: {_in_words(error)}") from None
+
+
+def _in_words(error: Exception) -> str:
+    """A trait's complaint on one line, without the name of a class that says nothing to its reader."""
+    return re.sub(r" (trait )?of an? NoneType instance", "", " ".join(str(error).split())).rstrip(".")
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; do you mean {close[0]!r}?" if close else ""
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _bad(text: str) -> StartError:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import docker
-import requests
 
 from kernelprovisioner.build_error import BuildError
+from kernelprovisioner.launchers.docker_engine import ENGINE_ERRORS, explain
 
 #: The base that is made here where there is no registry: Debian with its own Python.
 BOOTSTRAPPED = "samovar-base:bookworm"
@@ -51,7 +51,7 @@ def find_base(engine: Any, official: str, asked: str | None, architecture: str, 
                 "check the name and the engine's connection to the registry, or leave --base out: "
                 "a base is then made on this machine",
             )
-        report(f"{reference} cannot be pulled ({_short(reason)}), so a base is made on this machine")
+        report(f"{reference} cannot be pulled ({reason}), so a base is made on this machine")
     _bootstrap(engine, architecture, report)
     return BOOTSTRAPPED
 
@@ -76,8 +76,8 @@ def _pull(engine: Any, reference: str, report: Report) -> str | None:
                     return str(event["error"])
                 if event.get("status") == "Pull complete":
                     report(f"  layer {event.get('id', '')} is there")
-    except (docker.errors.DockerException, requests.RequestException, OSError) as error:
-        return str(error)
+    except ENGINE_ERRORS as error:
+        return explain(error)
     return None if is_present(engine, reference) else "the engine did not say why"
 
 
@@ -105,9 +105,9 @@ def _bootstrap(engine: Any, architecture: str, report: Report) -> None:
         try:
             with _patience(engine, _IMPORT_TIMEOUT):
                 engine.api.import_image_from_file(str(archive), repository=repository, tag=tag)
-        except (docker.errors.DockerException, requests.RequestException, OSError) as error:
+        except ENGINE_ERRORS as error:
             raise BuildError(
-                step, f"the engine refused it: {error}", "see the engine's log and its free disk space"
+                step, f"the engine refused it: {explain(error)}", "see the engine's log and its free disk space"
             ) from None
 
 
@@ -142,7 +142,3 @@ def _patience(engine: Any, seconds: int) -> Iterator[None]:
         yield
     finally:
         engine.api.timeout = before
-
-
-def _short(reason: str) -> str:
-    return reason if len(reason) <= 160 else reason[:157] + "..."

@@ -65,7 +65,7 @@ class _Wanted(msgspec.Struct):
     image: str
     kernel_id: str
     key: str
-    timeout: float = 120.0
+    wait: float = 120.0  # seconds
     mount: str | None = None
     cwd_mode: str | None = None
     hold_ms: int = 0
@@ -108,7 +108,7 @@ class ClaimServer:
         self.path = path
         self._pools = pools
         self._held: dict[str, _Held] = {}
-        self._connections: set[_Connection] = set()
+        self._connections: dict[_Connection, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
         self._stopping = False
@@ -142,6 +142,8 @@ class ClaimServer:
         # Each holder hears of it by the exit event, and has a moment for its last files before the sandbox goes.
         await asyncio.gather(*(self._release(held, cause, used=False) for held in list(self._held.values())))
         await asyncio.gather(*(connection.finish() for connection in list(self._connections)))
+        if self._connections:
+            await asyncio.wait(list(self._connections.values()), timeout=5.0)
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
@@ -167,7 +169,9 @@ class ClaimServer:
         ):
             writer.close()
             return
-        self._connections.add(connection)
+        task = asyncio.current_task()
+        assert task is not None
+        self._connections[connection] = task
         try:
             async for header, body in _frames(reader):
                 await connection.take(header, body)
@@ -175,7 +179,7 @@ class ClaimServer:
             _log.info("claim connection closed: %s", error)
         finally:
             await connection.end()
-            self._connections.discard(connection)
+            del self._connections[connection]
 
     async def claim(self, wanted: _Wanted, env: Mapping[str, str]) -> _Held:
         """Claim for a holder. Raises BadClaim and what the pool raises."""
@@ -197,7 +201,7 @@ class ClaimServer:
             hold_ms=max(0, min(wanted.hold_ms, 1000)),
         )
         claim = await pool.claim(
-            f"uid:{os.getuid()}", request, timeout=max(0.1, min(wanted.timeout, 600.0)), mount=mount
+            f"uid:{os.getuid()}", request, timeout=max(0.1, min(wanted.wait, 600.0)), mount=mount
         )
         held = _Held(pool, claim)
         self._held[claim.sandbox.id] = held

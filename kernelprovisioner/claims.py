@@ -153,7 +153,7 @@ class ClaimConnection(asyncio.Protocol):
         """
         # In the body: an environment may be larger than a frame's header.
         body = json.dumps(dict(env)).encode()
-        wanted = {"image": image, "kernel_id": kernel_id, "key": key.decode(), "timeout": timeout, **fields}
+        wanted = {"image": image, "kernel_id": kernel_id, "key": key.decode(), "wait": timeout, **fields}
         header, _ = await self._ask("claim", body, timeout=timeout + 10.0, **wanted)
         return ClaimAnswer.from_dict(header)
 

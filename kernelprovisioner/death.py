@@ -120,6 +120,8 @@ class DeathNotice:
                 header = request["header"]
                 await self._publish("status", {"execution_state": "busy"}, header)
                 msg_type = str(header["msg_type"])
+                if msg_type == "execute_request":
+                    await self._publish("error", self._error(), header)
                 if msg_type.endswith("_request"):
                     reply = {"status": "error", **self._error()}
                     await self._send(socket, msg_type.removesuffix("_request") + "_reply", reply, header, identities)

@@ -57,9 +57,11 @@ def added_by_caller(given: Mapping[str, str], own: Mapping[str, str], spec: Mapp
     }
     size = 0
     for name in list(chosen):
-        size += len(name) + len(chosen[name].encode(errors="replace"))
-        if size > _MAX_BYTES:
+        needed = len(name) + len(chosen[name].encode(errors="replace"))
+        if size + needed > _MAX_BYTES:
             del chosen[name]
+        else:
+            size += needed
     return chosen
 
 

@@ -15,28 +15,28 @@ from pathlib import Path
 from typing import IO, Any
 
 import docker
-import requests
 
 from kernelprovisioner.base_image import find_base
 from kernelprovisioner.build_error import BuildError
 from kernelprovisioner.images import (
-    EXPLAINS,
     LABEL_BASE,
     LABEL_BASE_ID,
     LABEL_IMAGE,
     LABEL_STAGE,
     LABEL_TEMPLATE,
     KernelImage,
-    samovar_kernel_folder,
-    source_files,
+    build_files,
     template_hash,
 )
+from kernelprovisioner.launchers.docker_engine import ENGINE_ERRORS, explain
 from kernelprovisioner.wheels import fetch_wheels
 
 #: Debian's and Python's names of the processors that wheels are pinned for, by the engine's name.
 _MACHINES = {"amd64": ("amd64", "x86_64"), "arm64": ("arm64", "aarch64")}
 #: Seconds without a word from the engine: compiling all bytecode on a busy machine takes a minute or two.
 _BUILD_SILENCE = 900
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 Report = Callable[[str], None]
 
@@ -99,13 +99,13 @@ class ImageBuilder:
                 template=template,
                 size=int(found.attrs["Size"]),
                 created=str(found.attrs["Created"]),
-                current=template == template_hash(image, base),
+                current=template == template_hash(base, build_files(image)),
             )
 
     def build(self, image: KernelImage, base: str | None = None) -> BuildResult:
         """Make the container image of `image`, unless what made the one in the engine is unchanged.
 
-        `base` names the image to start from; None takes the one of last time, else image.toml's, else a bootstrapped
+        `base` names the image to start from; None takes what is up to date, else image.toml's, else a bootstrapped
         one. Raises BuildError.
         """
         started = time.monotonic()
@@ -117,12 +117,12 @@ class ImageBuilder:
                 )
             with _engine_errors("asking the engine for its architecture"):
                 architecture, machine = self._machine()
-                if base is None and before is not None and before.base:
-                    base = before.base if self._id_of(before.base) else None
                 base = find_base(self._engine, image.base, base, architecture, self._report)
                 base_id = self._id_of(base)
             wheels = self._wheels(image, machine)
-            template = template_hash(image, base)
+            # Read once: what is labelled is what was built, also if somebody edits a file meanwhile.
+            files = build_files(image)
+            template = template_hash(base, files)
             labels = {
                 LABEL_IMAGE: image.name,
                 LABEL_TEMPLATE: template,
@@ -130,7 +130,7 @@ class ImageBuilder:
                 LABEL_BASE_ID: base_id,
             }
             self._report(f"building {image.tag} on {base}, offline")
-            with self._context(image, wheels) as context:
+            with self._context(files, wheels) as context:
                 self._run_build(image, context, base, labels)
             with _engine_errors("looking at the finished image"):
                 after = self._engine.images.get(image.tag)
@@ -195,24 +195,19 @@ class ImageBuilder:
             yield
 
     @contextlib.contextmanager
-    def _context(self, image: KernelImage, wheels: Path | None) -> Iterator[IO[bytes]]:
-        """The build context as a tar file: the image's folder, the wheels, samovar_kernel."""
-        with tempfile.TemporaryFile(prefix="samovar-context-") as file:
+    def _context(self, files: dict[str, bytes], wheels: Path | None) -> Iterator[IO[bytes]]:
+        """The build context as a tar file."""
+        with tempfile.TemporaryFile(prefix="samovar-context-", dir=self._data) as file:
             try:
                 with tarfile.open(fileobj=file, mode="w") as archive:
-                    for name, content in source_files(image.folder).items():
-                        if name not in EXPLAINS:
-                            archive.addfile(_member(name, len(content)), io.BytesIO(content))
-                    for name, content in source_files(samovar_kernel_folder()).items():
-                        archive.addfile(_member(f"samovar_kernel/{name}", len(content)), io.BytesIO(content))
+                    for name, content in files.items():
+                        archive.addfile(_member(name, len(content)), io.BytesIO(content))
                     for wheel in sorted(wheels.iterdir()) if wheels is not None else []:
                         with wheel.open("rb") as source:
                             archive.addfile(_member(f"wheels/{wheel.name}", wheel.stat().st_size), source)
                 file.seek(0)
             except OSError as error:
-                raise BuildError(
-                    "packing the build context", str(error), f"check free space in {tempfile.gettempdir()}"
-                ) from None
+                raise BuildError("packing the build context", str(error), f"check free space in {self._data}") from None
             yield file
 
     def _run_build(self, image: KernelImage, context: IO[bytes], base: str, labels: dict[str, str]) -> None:
@@ -238,7 +233,7 @@ class ImageBuilder:
                         "\n".join([*output, str(event["error"])]).strip(),
                         f"see that step in {image.folder / 'Dockerfile'}; the lines above are its last output",
                     )
-                for line in str(event.get("stream", "")).splitlines():
+                for line in _COLOUR.sub("", str(event.get("stream", ""))).splitlines():
                     if re.match(r"Step \d+/\d+ : ", line):
                         step, output = line.replace(" : ", ": ", 1), []
                         self._report(f"  {_brief(line)}")
@@ -276,5 +271,8 @@ def _engine_errors(step: str) -> Iterator[None]:
     """Turn what the docker package raises into a BuildError."""
     try:
         yield
-    except (docker.errors.DockerException, requests.RequestException, OSError) as error:
-        raise BuildError(step, str(error), "check that the engine runs and that you may use it (docker info)") from None
+    except ENGINE_ERRORS as error:
+        # An answer of the engine is about what it was asked; no answer is about the engine.
+        answered = isinstance(error, docker.errors.APIError)
+        advice = "correct what the engine names" if answered else "check that the engine runs (docker info)"
+        raise BuildError(step, explain(error), advice) from None

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import docker
-import requests
 
 from kernelprovisioner.build_error import BuildError
 from kernelprovisioner.images import KernelImage, seccomp_profile
 from kernelprovisioner.launchers.container_spec import ContainerSpec
+from kernelprovisioner.launchers.docker_engine import ENGINE_ERRORS, explain
 
 _STEP = "verifying"
 #: Importing everything on a slow machine, in seconds; then the container is killed.
@@ -58,8 +58,8 @@ def verify_image(engine: Any, image: KernelImage, report: Report) -> bool:
             return _follow(container, report)
         except docker.errors.ImageNotFound:
             raise BuildError(_STEP, f"{image.tag} is not built", f"samovar images build {image.name}") from None
-        except (docker.errors.DockerException, requests.RequestException, OSError) as error:
-            raise BuildError(_STEP, str(error), "check that the engine runs (docker info)") from None
+        except ENGINE_ERRORS as error:
+            raise BuildError(_STEP, explain(error), "check that the engine runs (docker info)") from None
         finally:
             if container is not None:
                 container.remove(force=True, v=True)

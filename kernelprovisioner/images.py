@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import re
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -150,7 +151,11 @@ def kernel_images_folder() -> Path:
 
 def seccomp_profile() -> str:
     """The seccomp profile of every sandbox, as JSON text. Raises ImageError if it is missing."""
-    return (kernel_images_folder() / "seccomp.json").read_text(encoding="utf-8")
+    path = kernel_images_folder() / "seccomp.json"
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ImageError(f"seccomp profile {path} cannot be read ({error.strerror}): install samovar again") from None
 
 
 def samovar_kernel_folder() -> Path:
@@ -176,8 +181,15 @@ def source_files(folder: Path) -> dict[str, bytes]:
     return found
 
 
-def template_hash(image: KernelImage, base: str) -> str:
-    """64 hex digits over everything that makes the container image: its folder, samovar_kernel and the base's name."""
+def build_files(image: KernelImage) -> dict[str, bytes]:
+    """Name in the build context → content of all that makes the container image, beside its base and its wheels."""
+    files = {name: content for name, content in source_files(image.folder).items() if name not in EXPLAINS}
+    kernel = source_files(samovar_kernel_folder())
+    return files | {f"samovar_kernel/{name}": content for name, content in kernel.items()}
+
+
+def template_hash(base: str, files: Mapping[str, bytes]) -> str:
+    """64 hex digits over everything that makes a container image: the base's name and its `build_files`."""
     digest = hashlib.sha256()
 
     def add(name: str, content: bytes) -> None:
@@ -185,11 +197,8 @@ def template_hash(image: KernelImage, base: str) -> str:
         digest.update(f"{len(name)}:{name}:{len(content)}:".encode() + content)
 
     add("base", base.encode())
-    for name, content in source_files(image.folder).items():
-        if name not in EXPLAINS:
-            add(f"image/{name}", content)
-    for name, content in source_files(samovar_kernel_folder()).items():
-        add(f"samovar_kernel/{name}", content)
+    for name in sorted(files):
+        add(f"file/{name}", files[name])
     return digest.hexdigest()
 
 

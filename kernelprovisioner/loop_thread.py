@@ -17,6 +17,7 @@ class LoopThread:
 
     def __init__(self, name: str) -> None:
         self._loop = asyncio.new_event_loop()
+        self._stopped = False
         self._ended: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -40,7 +41,13 @@ class LoopThread:
         self._ask_to_stop()
         self._thread.join(timeout)
 
+    @property
+    def stopped(self) -> bool:
+        """Whether somebody has asked it to stop: it takes no more work."""
+        return self._stopped
+
     def _ask_to_stop(self) -> None:
+        self._stopped = True
         # Closed already: somebody else has stopped it.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._loop.stop)

@@ -143,7 +143,7 @@ class PoolState:
             case StartFailed(sandbox):
                 out += self._start_failed(sandbox, now)
             case Touched(sandbox, idle_since):
-                if self._is(sandbox, SandboxState.CLAIMED):
+                if self._is(sandbox, SandboxState.CLAIMED) and self.members[sandbox].claim is None:
                     self.members[sandbox].idle_since = idle_since
             case Exited(sandbox):
                 out += self._remove(sandbox, None)
@@ -317,7 +317,7 @@ class PoolState:
         idle = [
             (member.idle_since, member.id, member)
             for member in self.members.values()
-            if member.state is SandboxState.CLAIMED and member.claim is None and member.idle_since is not None
+            if member.state is SandboxState.CLAIMED and member.idle_since is not None
             if member.owner == owner or held[str(member.owner)] > held[owner] + 1
         ]
         return min(idle)[2] if idle else None

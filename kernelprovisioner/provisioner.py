@@ -77,7 +77,12 @@ class SandboxProvisioner(KernelProvisionerBase):
     @property
     def has_process(self) -> bool:
         """From the launch until `wait` or `cleanup` has seen the kernel's end."""
-        return self._holder is not None
+        return self._living is not None
+
+    @property
+    def _living(self) -> KernelHolder | None:
+        """The holder until `cleanup`, or until the end of the process, after which managers may still call."""
+        return self._holder if self._thread is not None and not self._thread.stopped else None
 
     async def pre_launch(self, **kwargs: Any) -> dict[str, Any]:
         """Choose the kernel's endpoints, before its manager writes the connection file."""
@@ -123,41 +128,41 @@ class SandboxProvisioner(KernelProvisionerBase):
         self._launched_before = True
         self._finalizer = weakref.finalize(self, _end_behind, thread, holder)
         self._finalizer.atexit = False  # _end_all is what ends them, earlier
-        _living[thread] = holder
+        _open[thread] = holder
         self.log.info("kernel %s is in sandbox %s (%s)", self.kernel_id, self.sandbox_id, self.claim_source)
         return self.connection_info
 
     async def poll(self) -> int | None:
         """None while the kernel process lives; else its exit code, −n for signal n."""
-        return 0 if self._holder is None else self._holder.returncode
+        return 0 if self._living is None else self._living.returncode
 
     async def wait(self) -> int | None:
         """Wait for the kernel's end, its last files included."""
-        if self._holder is None:
+        if self._living is None:
             return 0
-        code = await self._in_thread(self._holder.wait())
+        code = await self._in_thread(self._living.wait())
         await self._close()
         return code
 
     async def send_signal(self, signum: int) -> None:
         """Signal the kernel's process group, its children included."""
-        if self._holder is not None:
-            await self._in_thread(self._holder.send_signal(signum))
+        if self._living is not None:
+            await self._in_thread(self._living.send_signal(signum))
 
     async def kill(self, restart: bool = False) -> None:
         """Kill the kernel, after its last files have come out (bounded)."""
-        if self._holder is not None:
-            await self._in_thread(self._holder.kill())
+        if self._living is not None:
+            await self._in_thread(self._living.kill())
 
     async def terminate(self, restart: bool = False) -> None:
         """Kill as well, but by SIGTERM: a kernel that ignores it is killed by its manager."""
-        if self._holder is not None:
-            await self._in_thread(self._holder.kill(15))
+        if self._living is not None:
+            await self._in_thread(self._living.kill(15))
 
     async def shutdown_requested(self, restart: bool = False) -> None:
         """The manager has sent its shutdown request: what follows is no death."""
-        if self._holder is not None:
-            await self._in_thread(self._holder.shutdown_requested())
+        if self._living is not None:
+            await self._in_thread(self._living.shutdown_requested())
 
     async def cleanup(self, restart: bool = False) -> None:
         """Leave nothing: no sandbox, link, thread or descriptor. May come twice, and without a launch."""
@@ -258,9 +263,9 @@ class SandboxProvisioner(KernelProvisionerBase):
         if self._finalizer is not None:
             self._finalizer.detach()
             self._finalizer = None
-        if thread is None or holder is None:
+        if thread is None or holder is None or thread.stopped:
             return
-        _living.pop(thread, None)
+        _open.pop(thread, None)
         try:
             async with asyncio.timeout(_CLOSE_SECONDS):
                 await asyncio.wrap_future(thread.submit(holder.close()))
@@ -274,7 +279,7 @@ def _bytes(key: str | bytes) -> bytes:
 
 
 #: threads and holders of this process, for its end
-_living: dict[LoopThread, KernelHolder] = {}
+_open: dict[LoopThread, KernelHolder] = {}
 
 
 def _end(thread: LoopThread, holder: KernelHolder) -> None:
@@ -288,13 +293,13 @@ def _end(thread: LoopThread, holder: KernelHolder) -> None:
 
 def _end_behind(thread: LoopThread, holder: KernelHolder) -> None:
     """The garbage collector may call from any thread, the holder's own included: it must not wait."""
-    if _living.pop(thread, None) is not None:
+    if _open.pop(thread, None) is not None:
         threading.Thread(target=_end, args=(thread, holder), name="samovar-end", daemon=True).start()
 
 
 def _end_all() -> None:
-    while _living:
-        _end(*_living.popitem())
+    while _open:
+        _end(*_open.popitem())
 
 
 # Earlier than atexit: by then executors accept no work any more, and a container could not be removed.

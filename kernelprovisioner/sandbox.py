@@ -19,6 +19,8 @@ from kernelprovisioner.wire import KernelWire, Message, WireError, first_of
 
 #: How long an engine's `oom` event may come after the kernel process was seen dead.
 _EVIDENCE_SECONDS = 0.5
+#: How long before the kernel's end the engine's `oom` event may have come.
+_OUT_OF_MEMORY_SECONDS = 1.5
 #: How long the news of a kernel's end may come after its channels closed.
 _NEWS_SECONDS = 2.0
 _CLAIM_SECONDS = 5.0
@@ -210,7 +212,7 @@ class Sandbox:
             return SandboxExit(cause, kernel_exit.code, kernel_exit.signal)
         deadline = asyncio.get_running_loop().time() + _EVIDENCE_SECONDS
         while asyncio.get_running_loop().time() < deadline and not container_ended.done():
-            if self._owner.launcher.oom_events(self.launched):
+            if self._owner.launcher.was_out_of_memory(self.launched, within=_OUT_OF_MEMORY_SECONDS):
                 return SandboxExit(ExitCause.OUT_OF_MEMORY, None, signal.SIGKILL, await self._memory_evidence())
             await asyncio.sleep(0.01)
         if container_ended.done():

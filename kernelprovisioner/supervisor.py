@@ -57,7 +57,10 @@ def remaining_output(
     return [
         record
         for record in unsent[start:]
-        if record.get("kind") == "text" and (parent_id is None or record["parent"].get("msg_id") == parent_id)
+        # an empty text only says which cell had begun
+        if record.get("kind") == "text"
+        and record["text"]
+        and (parent_id is None or record["parent"].get("msg_id") == parent_id)
     ]
 
 

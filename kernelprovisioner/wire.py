@@ -200,17 +200,10 @@ class KernelWire:
             reply.cancel()
 
     async def drained(self, channel: str, *, timeout: float) -> None:
-        """Wait until a dead kernel's channel has ended, so that all it had sent was heard; at most `timeout` seconds."""
+        """Wait until a dead kernel's channel has ended: all it had sent was heard then; at most `timeout` seconds."""
         connection = self._connections.get(channel)
         if connection is not None:
             await first_of(connection.gone, timeout=timeout)
-
-    def pause(self, channel: str) -> None:
-        """Stop reading a channel: the kernel feels it as back-pressure."""
-        self._connections[channel].pause(True)
-
-    def resume(self, channel: str) -> None:
-        self._connections[channel].pause(False)
 
     async def close(self, names: Sequence[str] | None = None) -> None:
         """Close the named channels (default: all) and wait until they are."""
@@ -338,15 +331,6 @@ class _Connection(asyncio.Protocol):
         if self._transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
             raise WireError(f"the kernel does not read its {self._name} channel")
         self._transport.write(zmtp.encode(frames))
-
-    def pause(self, paused: bool) -> None:
-        assert self._transport is not None
-        if self._transport.is_closing() or self._transport.is_reading() is not paused:
-            return
-        if paused:
-            self._transport.pause_reading()
-        else:
-            self._transport.resume_reading()
 
     def abort(self) -> None:
         if self._transport is not None:

@@ -220,7 +220,14 @@ def build_kernel_image(url: str, name: str = "python") -> None:
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernel-images")]),
     }
     say(f"kernel image {name}")
-    command = [sys.executable, "-c", "import sys; from gateway.cli import main; sys.exit(main())", "images", "build", name]
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from gateway.cli import main; sys.exit(main())",
+        "images",
+        "build",
+        name,
+    ]
     result = subprocess.run(command, env=environment, cwd=ROOT, check=False)
     if result.returncode != 0:
         raise ServiceMissing(f"the kernel image {name} could not be built (exit code {result.returncode}, see above)")

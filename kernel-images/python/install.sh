@@ -16,7 +16,7 @@ python3 -m venv --without-pip /opt/kernel
 
 site=$(/opt/kernel/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
-# Libraries' own test suites and C headers: a third of the size, of no use to a notebook.
+# Libraries' own test suites and C headers: much of the size, of no use to a notebook.
 find "$site" -type d \( -name tests -o -name test \) -prune -exec rm -rf {} +
 rm -rf "$site"/pyarrow/include "$site"/pyarrow/src "$site"/numpy/_core/include
 find "$site" -type f \( -name '*.pxd' -o -name '*.pyx' -o -name '*.a' \) -delete

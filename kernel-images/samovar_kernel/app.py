@@ -24,7 +24,7 @@ from traitlets.config import Config
 
 from samovar_kernel.kernel import SandboxKernel
 from samovar_kernel.output import OutputBuffer
-from samovar_kernel.publisher import Publisher
+from samovar_kernel.publisher import Publisher, open_socket
 from samovar_kernel.settings import VARIABLE, KernelSettings
 from samovar_kernel.streams import SandboxStream
 from samovar_kernel.unsent import Ring
@@ -53,7 +53,7 @@ class UnwrittenProfile(ProfileDir):
 class SandboxKernelApp(IPKernelApp):
     """ipykernel's application with other sources (settings) and other sinks (one shared, bounded output)."""
 
-    kernel_class = Type(SandboxKernel, klass="ipykernel.kernelbase.Kernel")
+    kernel_class = Type(SandboxKernel, klass="ipykernel.kernelbase.Kernel")  # type: ignore[assignment]
 
     def __init__(self, settings: KernelSettings, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -67,6 +67,7 @@ class SandboxKernelApp(IPKernelApp):
         super().initialize(argv)
         os.umask(_USER_UMASK)
         self._preload()
+        _import_from_work_directory()
         if self._output is not None:
             # what start-up printed belongs to no cell
             self._output.discard()
@@ -86,6 +87,8 @@ class SandboxKernelApp(IPKernelApp):
         config = Config()
         # its database thread costs a quarter of a small cell's time, and a sandbox has no past to look up
         config.HistoryManager.enabled = False
+        # a section of this name is what libraries recognise a notebook by
+        config.IPKernelApp.trio_loop = False
         self.update_config(config)
 
     def init_connection_file(self) -> None:
@@ -106,12 +109,11 @@ class SandboxKernelApp(IPKernelApp):
 
     def init_iopub(self, context: zmq.Context[Any]) -> None:
         """Bind the iopub socket and start the publisher."""
-        socket = context.socket(zmq.XPUB)
-        socket.linger = 1000
-        self.iopub_port = self._bind_socket(socket, self.iopub_port)
+        iopub = open_socket(context)
+        self.iopub_port = self._bind_socket(iopub, self.iopub_port)
         self.configure_tornado_logger()
         self._output = OutputBuffer(self.session, self._settings.pipes, Ring(self._settings.ring))
-        self.iopub_thread = Publisher(socket, self.session, self._output)
+        self.iopub_thread = Publisher(iopub, self.session, self._output)
         self.iopub_thread.start()
         self.iopub_socket = self.iopub_thread.background_socket
 
@@ -161,6 +163,16 @@ class SandboxKernelApp(IPKernelApp):
 def _die_with_parent() -> None:
     # the supervisor watches over this process; without it nobody would end it
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def _import_from_work_directory() -> None:
+    """Let a user's modules be imported, after the standard library and before the packages, as IPython does.
+
+    IPython leaves it out under `-P`, with which the kernel starts so that nothing of the user's shadows what it loads.
+    """
+    if "" not in sys.path:
+        packages = (i for i, path in enumerate(sys.path) if Path(path).name in ("site-packages", "dist-packages"))
+        sys.path.insert(next(packages, 0), "")
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Length-prefixed frames: how host and supervisor, and claim holder and gateway, talk over one stream.
 
-A frame is two big-endian unsigned 32-bit lengths (header, body), the header as UTF-8 JSON object, the body as raw bytes.
+A frame is two big-endian unsigned 32-bit lengths (header, body), the header as UTF-8 JSON object, the body as bytes.
 Both lengths are bounded before anything is allocated, so a forged length costs the reader nothing.
 Standard library only: the supervisor imports this module as PID 1.
 """

@@ -1,16 +1,21 @@
-"""SandboxKernel: ipykernel's kernel, with what a sandbox adds: the claim, arguments of a cell, a notice, its own output."""
+"""SandboxKernel: ipykernel's kernel, with what a sandbox adds: claim, cell arguments, a notice, its own output."""
 
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
+import threading
 import time
+from functools import partial
 from typing import Any
 
 from ipykernel.ipkernel import IPythonKernel
 
 from samovar_kernel.claim import Claim, ClaimRefused
 from samovar_kernel.publisher import Publisher
+
+_INTERRUPT = "raise KeyboardInterrupt"
 
 
 class SandboxKernel(IPythonKernel):
@@ -20,31 +25,38 @@ class SandboxKernel(IPythonKernel):
     # the pause before each reply papers over a flush that is not waited for; ours keeps its order by itself
     _execute_sleep = 0.0
 
-    control_msg_types = [*IPythonKernel.control_msg_types, "samovar_claim_request"]
-
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.control_handlers["samovar_claim_request"] = self.samovar_claim_request
         self._claim: Claim | None = None
         self._notice: str | None = None
         self._hold: float = 0.0
         self._hold_until: float | None = None
+        self._interrupted_early = False
+        assert self.shell is not None  # IPythonKernel's constructor made it
+        show = self.shell._showtraceback
+        # not by a subclass of the shell: libraries recognise a notebook by the name of its class
+        self.shell._showtraceback = partial(self.iopub_thread.call_at_once, show)
 
     async def samovar_claim_request(self, stream: Any, ident: Any, parent: dict[str, Any]) -> None:
         """Make this kernel personal, once. The answer is signed with the new key; a refusal with the present one."""
+        session, shell = self.session, self.shell
+        if session is None or shell is None:
+            return
         try:
             if self._claim is not None:
                 raise ClaimRefused("this kernel has been claimed before")
             claim = Claim.from_content(parent["content"])
-            claim.apply(self.shell.user_ns)
+            claim.apply(shell.user_ns)
         except (ClaimRefused, OSError) as error:
             content = {"status": "error", "ename": type(error).__name__, "evalue": str(error), "traceback": []}
-            self.session.send(stream, "samovar_claim_reply", content, parent, ident)
+            session.send(stream, "samovar_claim_reply", content, parent, ident)
             return
         self._claim = claim
         self._notice = claim.notice
         self._hold = claim.hold
-        self.session.key = claim.key
-        self.session.send(stream, "samovar_claim_reply", {"status": "ok"}, parent, ident)
+        session.key = claim.key
+        session.send(stream, "samovar_claim_reply", {"status": "ok"}, parent, ident)
 
     def _publish_status(self, status: str, channel: str, parent: dict[str, Any] | None = None) -> None:
         # a claim has no busy and idle: they would be signed with two different keys
@@ -63,20 +75,24 @@ class SandboxKernel(IPythonKernel):
 
     def pre_handler_hook(self) -> None:
         """User code may run from here on: an interrupt raises in it."""
-        self.iopub_thread.user_code = True
         super().pre_handler_hook()
+        if _in_main_thread():
+            self.iopub_thread.user_code = True
 
     def post_handler_hook(self) -> None:
         """No user code runs any more."""
+        if _in_main_thread():
+            self.iopub_thread.user_code = False
         super().post_handler_hook()
-        self.iopub_thread.user_code = False
-
-    def _publish_execute_input(self, code: str, parent: dict[str, Any], execution_count: int) -> None:
-        self.iopub_thread.user_code = False
-        super()._publish_execute_input(code, parent, execution_count)
 
     async def execute_request(self, stream: Any, ident: Any, parent: dict[str, Any]) -> None:
         """Run a cell, with `sys.argv[1:]` of its own where its metadata says so."""
+        self.iopub_thread.output.begin_cell(parent["header"])
+        if _in_main_thread():
+            self.iopub_thread.user_code = False
+            # from here to the reply an interrupt may raise in the cell's code only, else there would be no reply
+            self._interrupted_early = False
+            signal.signal(signal.SIGINT, self._note_interrupt)
         argv = _cell_arguments(parent)
         if argv is None:
             await super().execute_request(stream, ident, parent)
@@ -88,24 +104,42 @@ class SandboxKernel(IPythonKernel):
         finally:
             sys.argv = previous
 
-    async def do_execute(self, code: str, silent: bool, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+    async def do_execute(self, code: str, silent: bool, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Run a cell's code. All it printed is queued, in order, when this returns."""
         if self._notice and not silent:
             sys.stderr.write(self._notice.rstrip("\n") + "\n")
             self._notice = None
-        self.iopub_thread.user_code = True
-        try:
+        if not _in_main_thread():
             reply: dict[str, Any] = await super().do_execute(code, silent, *args, **kwargs)
-        finally:
-            self.iopub_thread.user_code = False
-            self.iopub_thread.output.finish_pipes()
+            return reply
+        publisher = self.iopub_thread
+        run = super().do_execute
+        try:
+            try:
+                publisher.user_code = True
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                reply = await run(_INTERRUPT if self._interrupted_early else code, silent, *args, **kwargs)
+            finally:
+                signal.signal(signal.SIGINT, self._note_interrupt)
+                publisher.user_code = False
+        except KeyboardInterrupt:
+            # it came in the code around the cell's own
+            reply = await run(_INTERRUPT, silent, *args, **kwargs)
+        publisher.output.finish_pipes()
         return reply
+
+    def _note_interrupt(self, *_: Any) -> None:
+        self._interrupted_early = True
 
     def _input_request(self, prompt: str, ident: Any, parent: Any, password: bool = False) -> str:
         # what was printed must be on the screen before the question
-        self.iopub_thread.flush_now()
+        self.iopub_thread.call_at_once(self.iopub_thread.flush)
         answer: str = super()._input_request(prompt, ident, parent, password)
         return answer
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def _cell_arguments(parent: dict[str, Any]) -> list[str] | None:
@@ -114,4 +148,3 @@ def _cell_arguments(parent: dict[str, Any]) -> list[str] | None:
     if isinstance(argv, list) and all(isinstance(argument, str) for argument in argv):
         return argv
     return None
-

@@ -91,7 +91,9 @@ class KernelProcess:
         Call it once, after the end.
         """
         records = read_records(self._ring)
-        parent = next((record["parent"] for record in reversed(records) if record["kind"] == "text"), {})
+        parent: dict[str, Any] = next(
+            (record["parent"] for record in reversed(records) if record["kind"] == "text"), {}
+        )
         for name, reader in self._pipes.items():
             left = _drain(reader)
             if left:

@@ -1,14 +1,14 @@
 """Output: everything that the kernel publishes, in the one order in which it happened, bounded in bytes.
 
-Texts of both streams, what arrived on the pipes behind fd 1 and 2, and whole messages (status, results, plots) wait in one
-queue until the publisher takes them. Neighbouring texts become one stream message, so that a flood of prints is few messages.
+Texts of both streams, what arrived on the pipes behind fd 1 and 2, and whole messages (status, results, plots) wait
+in one queue until the publisher takes them. Neighbouring texts become one stream message, so that a flood of prints is
+few messages.
 """
 
 from __future__ import annotations
 
 import codecs
 import os
-import select
 import threading
 import time
 from collections import deque
@@ -17,6 +17,7 @@ from typing import Any
 
 from jupyter_client.session import DELIM, Session
 
+from samovar_kernel.system import readable_test
 from samovar_kernel.unsent import Ring
 
 BUDGET = 512 * 1024
@@ -29,6 +30,7 @@ PIPE_SIZE = 64 * 1024
 
 _FILE_DESCRIPTORS = {"stdout": 1, "stderr": 2}
 _WAIT = 0.002
+_NOTHING, _SOON, _FLOOD = range(3)
 
 Header = dict[str, Any]
 _Item = tuple[Any, str | None, Header | None, int, int]  # frames or text, stream, parent, position in the ring, size
@@ -48,16 +50,16 @@ class OutputBuffer:
         self._queue: deque[_Item] = deque()
         # reentrant: a signal handler or a finalizer may print while its own thread is inside
         self._lock = threading.RLock()
+        self._told = _NOTHING  # what the publisher knows of, so that it is told once and not at every print
         self._produced = 0
         self._consumed = 0
         self._parents: dict[str, Header] = {"stdout": {}, "stderr": {}}
         self._packed: tuple[Header, bytes] = ({}, b"{}")
         self._decoders = {name: codecs.getincrementaldecoder("utf-8")("replace") for name in pipes}
         self._pipes = {descriptor: name for name, descriptor in pipes.items()}
-        self._poll = select.poll()
         for descriptor in self._pipes:
             os.set_blocking(descriptor, False)
-            self._poll.register(descriptor, select.POLLIN)
+        self._waiting = readable_test(self._pipes)
         os.register_at_fork(after_in_child=self._after_fork)
 
     @property
@@ -74,6 +76,11 @@ class OutputBuffer:
     def pipes(self) -> tuple[int, ...]:
         """Descriptors of the pipes that are still open at the other end."""
         return tuple(self._pipes)
+
+    def begin_cell(self, parent: Header) -> None:
+        """Note which cell begins: one that dies at once may have told nobody yet that it runs."""
+        with self._lock:
+            self._ring.text("stdout", self._pack(parent), b"")
 
     def set_parent(self, name: str, parent: Header) -> None:
         """Say whose output it is that arrives on the pipe of stream `name` from now on."""
@@ -93,16 +100,20 @@ class OutputBuffer:
 
     def _write(self, name: str, parent: Header, text: str, data: bytes) -> None:
         if self._produced - self._consumed > BUDGET:
-            self._wait_for_room()
+            self._wait_for_room(BUDGET)
         with self._lock:
-            self.drain()
+            if self._waiting():
+                self.drain()
             self._append(text, name, parent, data)
-        self.notify(self._produced - self._consumed > MESSAGE_SIZE // 2)
+        urgency = _FLOOD if self._produced - self._consumed > MESSAGE_SIZE // 2 else _SOON
+        if self._told < urgency:
+            self._told = urgency
+            self.notify(urgency == _FLOOD)
 
     def put(self, frames: list[Any]) -> None:
-        """Queue a whole message; wait while the budget is used up."""
-        if self._produced - self._consumed > BUDGET:
-            self._wait_for_room()
+        """Queue a whole message; wait while the budget is used up twice: a flood of text must not delay its result."""
+        if self._produced - self._consumed > 2 * BUDGET:
+            self._wait_for_room(2 * BUDGET)
         size = sum(memoryview(frame).nbytes for frame in frames)
         with self._lock:
             self.drain()
@@ -110,10 +121,12 @@ class OutputBuffer:
             self._produced += size
 
     def drain(self) -> int:
-        """Queue what waits in the pipes, so that it keeps its place before what is written next; return how many bytes."""
+        """Queue what waits in the pipes, before anything written later, and return how many bytes it was."""
         taken = 0
+        if not self._waiting():
+            return 0
         with self._lock:
-            for descriptor, _ in self._poll.poll(0):
+            for descriptor in tuple(self._pipes):
                 try:
                     # all that a pipe can hold: whatever was in it when this began
                     data = os.read(descriptor, PIPE_SIZE)
@@ -124,8 +137,8 @@ class OutputBuffer:
                     self._append(data, name, self._parents[name], data)
                     taken += len(data)
                 else:
-                    self._poll.unregister(descriptor)
                     del self._pipes[descriptor]
+                    self._waiting = readable_test(self._pipes)
         return taken
 
     def finish_pipes(self) -> None:
@@ -145,6 +158,7 @@ class OutputBuffer:
 
     def take(self) -> list[Any] | None:
         """Return the frames of the next message, or None. The publisher calls it, one thread at a time."""
+        self._told = _NOTHING
         queue = self._queue
         while queue:
             frames, name, parent, _, size = queue[0]
@@ -200,11 +214,11 @@ class OutputBuffer:
         self._packed = (parent, packed)
         return packed
 
-    def _wait_for_room(self) -> None:
+    def _wait_for_room(self, limit: int) -> None:
         if not self.may_wait():
             return
         # a short sleep and not a condition variable: an interrupt gets out of it with every lock as it was
-        while self.size > BUDGET and not self.forked:
+        while self.size > limit and not self.forked:
             self.notify(True)
             time.sleep(_WAIT)
 

@@ -1,18 +1,18 @@
 """Publisher: sends the kernel's output on its iopub socket, from whichever thread has something to send.
 
-ipykernel hands every message to one thread and waits for it; most of a small cell's time goes there. Here the socket belongs to
-whoever holds its lock. The thread only does what nobody else would: late flushes, the pipes, slow subscribers.
+ipykernel hands every message to one thread and waits for it; much of a small cell's time goes there. Here the socket
+belongs to whoever holds its lock. The thread only does what nobody else would: late flushes, pipes, slow subscribers.
 """
 
 from __future__ import annotations
 
-import _signal
+import asyncio
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable
-from signal import SIGINT
 from typing import Any
 
 import zmq
@@ -20,8 +20,8 @@ from ipykernel.iostream import IOPubThread
 from ipykernel.thread import CONTROL_THREAD_NAME, SHELL_CHANNEL_THREAD_NAME
 from jupyter_client.session import Session
 
-from samovar_kernel.alarm import Alarm
 from samovar_kernel.output import BUDGET, PIPE_SIZE, OutputBuffer
+from samovar_kernel.system import Alarm
 
 SEND_QUEUE = 24
 """Messages that the socket holds for each subscriber; more wait in the output buffer, whose bytes are bounded."""
@@ -36,6 +36,15 @@ _RETRY = 0.02
 _NEVER_WAIT = frozenset({CONTROL_THREAD_NAME, SHELL_CHANNEL_THREAD_NAME, "IOPub"})
 
 _log = logging.getLogger(__name__)
+
+
+def open_socket(context: zmq.Context[Any]) -> zmq.Socket[Any]:
+    """Return an iopub socket, not yet bound (later it would not take over its limits)."""
+    socket = context.socket(zmq.XPUB)
+    socket.linger = 1000
+    socket.setsockopt(zmq.SNDHWM, SEND_QUEUE)
+    socket.setsockopt(zmq.XPUB_NODROP, 1)
+    return socket
 
 
 class Publisher(IOPubThread):
@@ -55,22 +64,25 @@ class Publisher(IOPubThread):
         self._interrupted = False
         self._main = threading.main_thread().ident
         super().__init__(socket, pipe=False, session=session)
-        socket.setsockopt(zmq.SNDHWM, SEND_QUEUE)
-        socket.setsockopt(zmq.XPUB_NODROP, 1)
         output.notify = self._arm
         output.may_wait = self._may_wait
 
     # IOPubThread's constructor calls these: the loop waits for descriptors of ours instead of ZeroMQ streams
 
     def _setup_event_pipe(self) -> None:
-        self.io_loop.asyncio_loop.add_reader(self._alarm.descriptor, self._on_alarm)
+        self._loop.add_reader(self._alarm.descriptor, self._on_alarm)
 
     def _setup_xpub_listener(self) -> None:
-        self.io_loop.asyncio_loop.add_reader(self.socket.getsockopt(zmq.FD), self.pump)
+        self._loop.add_reader(self.socket.getsockopt(zmq.FD), self.pump)
         self._watch_pipes()
 
     async def _run_event_pipe_gc(self) -> None:
         return
+
+    @property
+    def _loop(self) -> asyncio.AbstractEventLoop:
+        loop: asyncio.AbstractEventLoop = self.io_loop.asyncio_loop  # type: ignore[attr-defined]
+        return loop
 
     def schedule(self, f: Callable[[], Any]) -> None:
         """Have `f` called in this thread (at once if it does not run)."""
@@ -91,7 +103,7 @@ class Publisher(IOPubThread):
         output = self.output
         if output.forked or self.closed:
             return
-        output.drain()
+        self._read_some()
         if output.empty and self._unsent is None:
             return
         if threading.get_ident() != self._main:
@@ -101,11 +113,14 @@ class Publisher(IOPubThread):
         else:
             self._pump_undisturbed()
 
-    def flush_now(self) -> None:
-        """Send all that waits although user code runs (it is about to ask a question)."""
+    def call_at_once(self, publish: Callable[..., Any], *args: Any) -> Any:
+        """Call `publish` and return its result; what it publishes is sent at once and waits for no room.
+
+        For what user code's end or question needs: a flood before it must not hold it up.
+        """
         previous, self.user_code = self.user_code, False
         try:
-            self.flush()
+            return publish(*args)
         finally:
             self.user_code = previous
 
@@ -152,7 +167,7 @@ class Publisher(IOPubThread):
             self._stalled_since = None
 
     def _stalled(self, frames: list[Any]) -> bool:
-        """Return whether `frames` are dealt with: sent to all but the subscriber that has taken nothing for too long."""
+        """Return whether `frames` are dealt with: sent to all but a subscriber that takes nothing for too long."""
         now = time.monotonic()
         if self._stalled_since is None:
             self._stalled_since = now
@@ -184,15 +199,15 @@ class Publisher(IOPubThread):
 
     def _pump_undisturbed(self) -> None:
         # an interrupt between two frames would tear the message: it is noted, and raised again when all is sent
-        previous = _signal.signal(SIGINT, self._note_interrupt)
+        previous = signal.signal(signal.SIGINT, self._note_interrupt)
         try:
             self.pump()
         finally:
             if previous is not None:
-                _signal.signal(SIGINT, previous)
+                signal.signal(signal.SIGINT, previous)
             if self._interrupted:
                 self._interrupted = False
-                os.kill(os.getpid(), SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
 
     def _note_interrupt(self, *_: Any) -> None:
         self._interrupted = True
@@ -216,22 +231,26 @@ class Publisher(IOPubThread):
         with self._alarm_lock:
             self._alarm.clear()
             self._due = None
-        self.output.drain()
+        self._read_some()
         self.pump()
+
+    def _read_some(self) -> None:
+        # above the budget the pipes fill up, and whoever writes into them waits
+        if self.output.size <= BUDGET:
+            self.output.drain()
 
     def _watch_pipes(self) -> None:
         for descriptor in self.output.pipes:
-            self.io_loop.asyncio_loop.add_reader(descriptor, self._on_pipe)
+            self._loop.add_reader(descriptor, self._on_pipe)
 
     def _on_pipe(self) -> None:
         for descriptor in self.output.pipes:
-            self.io_loop.asyncio_loop.remove_reader(descriptor)
-        self.io_loop.asyncio_loop.call_later(_PIPE_PAUSE, self._read_pipes)
+            self._loop.remove_reader(descriptor)
+        self._loop.call_later(_PIPE_PAUSE, self._read_pipes)
 
     def _read_pipes(self) -> None:
-        loop = self.io_loop.asyncio_loop
+        loop = self._loop
         if self.output.size > BUDGET:
-            # the pipe fills up meanwhile, and whoever writes into it waits
             self.pump()
             loop.call_later(_PIPE_PAUSE, self._read_pipes)
             return

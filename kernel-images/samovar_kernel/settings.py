@@ -34,6 +34,6 @@ class KernelSettings(NamedTuple):
 
     @classmethod
     def take(cls) -> KernelSettings:
-        """Return the settings and remove them from the environment, before user code can see the key. Raises KeyError."""
+        """Return the settings and take them out of the environment, so that user code never sees the key."""
         values = json.loads(os.environ.pop(VARIABLE))
         return cls(**{**values, "preload": tuple(values["preload"])})

@@ -32,6 +32,7 @@ class SandboxStream(OutStream):
         self._exc = None
         self._parent_header: contextvars.ContextVar[Header] = contextvars.ContextVar("parent_header")
         self._parent_header_global: Header = {}
+        self.errors = "strict"
         self._buffer: _ByteStream | None = None
 
     @property
@@ -40,11 +41,6 @@ class SandboxStream(OutStream):
         if self._buffer is None:
             self._buffer = _ByteStream(self)
         return self._buffer
-
-    @property
-    def errors(self) -> str:
-        """How encoding treats what cannot be encoded."""
-        return "strict"
 
     @property
     def parent_header(self) -> Header:
@@ -74,7 +70,7 @@ class SandboxStream(OutStream):
         self._output.write(self.name, self.parent_header, string)
         return len(string)
 
-    def writelines(self, sequence: Iterable[str]) -> None:
+    def writelines(self, sequence: Iterable[str]) -> None:  # type: ignore[override]
         """Write each string of `sequence`."""
         for string in sequence:
             self.write(string)

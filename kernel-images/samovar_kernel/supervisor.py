@@ -1,7 +1,8 @@
-"""Supervisor: PID 1 of every sandbox. Starts the kernel, reaps, carries signals and files, and outlives a kernel that dies.
+"""Supervisor: PID 1 of every sandbox. Starts the kernel, reaps, carries signals and files, outlives a kernel that dies.
 
-One thread, one selector, frames on one socket. Standard library only, and little of it: it stays in memory for the sandbox's
-whole life. User code runs under the same user and can disturb it; what it says is evidence against its own session only.
+One thread, one selector, frames on one socket. Standard library only, and little of it: it stays in memory for the
+sandbox's whole life. User code runs under the same user and can disturb it; what it says is evidence against its own
+session only.
 """
 
 from __future__ import annotations
@@ -295,7 +296,7 @@ class Supervisor:
 
     def _list(self, header: dict[str, Any], _: bytes) -> tuple[dict[str, Any], bytes]:
         after = _text(header, "after") if header.get("after") else None
-        files, more = self._files.list(after, min(_number(header, "limit"), _MAX_LIST))
+        files, more = self._files.entries(after, min(_number(header, "limit"), _MAX_LIST))
         return {"more": more}, json.dumps(files).encode()
 
     def _stats(self, _: dict[str, Any], __: bytes) -> tuple[dict[str, Any], bytes]:

@@ -1,8 +1,8 @@
-"""Unsent output: a shared ring in which the kernel writes down what was printed, and the supervisor reads it after a death.
+"""Unsent output: a shared ring where the kernel notes what was printed; the supervisor reads it after a death.
 
-Between `print` and a client's screen a text waits in several queues of the kernel process, and all of them die with it. The
-kernel therefore copies every text into this ring first (a memory file that both processes map), and notes when texts went out
-in which stream message. The ring holds the newest output only; what it has lost by then was sent long ago.
+Between `print` and a client's screen a text waits in several queues of the kernel process, and all of them die with it.
+The kernel therefore copies every text into this ring first (a memory file that both processes map), and notes which
+stream message it went out in. The ring holds the newest output only; what it has lost by then was sent long ago.
 
 Standard library only: the supervisor imports this module as PID 1.
 """
@@ -17,7 +17,7 @@ import struct
 from typing import Any
 
 RING_SIZE = 3 * 1024 * 1024
-"""Bytes of records that the ring holds: more than the kernel ever has on the way (its budget and its socket's queue)."""
+"""Bytes that the ring holds: more than the kernel ever has on the way (its budget and its socket's queue)."""
 
 _HEADER_SIZE = 4096
 _POSITIONS = struct.Struct("<QQ")  # head and tail: how many bytes were ever written, and where the oldest record begins
@@ -50,7 +50,7 @@ class Ring:
         self._parent: bytes | None = None
 
     def text(self, name: str, parent: bytes, data: bytes) -> int:
-        """Write down `data`, printed to stream `name` by the request with header `parent` (JSON); return the position after it."""
+        """Note `data`, printed to stream `name` by the request with header `parent`; return the position behind it."""
         if parent is not self._parent:
             self._append(_PARENT, parent if len(parent) <= _HEADER_SIZE - _PARENT_AT else b"{}")
             self._parent = parent
@@ -101,8 +101,8 @@ class Ring:
 def read_records(descriptor: int) -> list[dict[str, Any]]:
     """Return what the ring holds, in order: `{"kind": "text", name, parent, text}` and `{"kind": "mark", msg_id}`.
 
-    A mark stands after the last text that it covers. User code can write into the ring, so nothing in it is trusted: reading
-    stops at the first record that cannot be one.
+    A mark stands after the last text that it covers. User code can write into the ring, so nothing in it is trusted:
+    reading stops at the first record that cannot be one.
     """
     with mmap.mmap(descriptor, _HEADER_SIZE + RING_SIZE, prot=mmap.PROT_READ) as ring:
         head, position = _POSITIONS.unpack_from(ring, 0)

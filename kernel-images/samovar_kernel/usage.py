@@ -13,8 +13,13 @@ _OOM_FILES = ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_
 
 
 def read_usage(pid: int) -> dict[str, Any]:
-    """Return rss (bytes) and cpu_seconds of process `pid`; memory_peak (bytes) and oom_kills of its container, or None."""
-    return {"rss": _rss(pid), "cpu_seconds": _cpu_seconds(pid), "memory_peak": _memory_peak(), "oom_kills": _oom_kills()}
+    """Return rss (bytes) and cpu_seconds of process `pid`, memory_peak (bytes) and oom_kills of its container."""
+    return {
+        "rss": _rss(pid),
+        "cpu_seconds": _cpu_seconds(pid),
+        "memory_peak": _memory_peak(),
+        "oom_kills": _oom_kills(),
+    }
 
 
 def _rss(pid: int) -> int:

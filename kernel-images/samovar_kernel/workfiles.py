@@ -48,8 +48,8 @@ class WorkFiles:
         with self._open(path, os.O_RDONLY | _FILE, create=False) as file:
             return os.pread(file, min(size, MAX_PIECE), offset), os.fstat(file)
 
-    def list(self, after: str | None, limit: int) -> tuple[list[tuple[str, int, int]], bool]:
-        """Return up to `limit` regular files as (path, size, mtime_ns) that come after `after`, and whether there are more.
+    def entries(self, after: str | None, limit: int) -> tuple[list[tuple[str, int, int]], bool]:
+        """Return up to `limit` regular files after `after` as (path, size, mtime_ns), and whether there are more.
 
         The order is that of a walk with sorted names. Hidden names and links are left out.
         """

@@ -93,10 +93,11 @@ class Launcher(abc.ABC):
         """Remove container and runtime directory; returns once the engine has confirmed it. Idempotent."""
 
     @abc.abstractmethod
-    def oom_events(self, launched: Launched) -> int:
-        """How many processes of this sandbox were killed at its memory limit, as far as is known by now.
+    def was_out_of_memory(self, launched: Launched, within: float) -> bool:
+        """Whether a process of the sandbox was killed at the memory limit in the last `within` seconds.
 
-        The kernel process may die of it while PID 1 lives on, so that no container ends; Sandbox asks here for why.
+        The kernel process may die of it while PID 1 lives on, and then no container ends; Sandbox asks here for the cause.
+        A process that died of it earlier (a child) says nothing about the kernel.
         """
 
     @abc.abstractmethod

@@ -51,11 +51,11 @@ class ContainerSpec:
     token: str
     host_uid: int  # the launcher's own
     host_cpus: float
+    seccomp: str  # the profile's JSON
     transport: str = "ipc"
     network: str | None = None  # tcp: the bridge's name
     mount: Path | None = None
     mount_gid: int | None = None
-    seccomp: str | None = None  # the profile's JSON; None: the engine's own
 
     @property
     def name(self) -> str:
@@ -88,9 +88,7 @@ class ContainerSpec:
     def host_config(self, version: str) -> HostConfig:
         """Return the engine's host configuration: every limit and every lock of the sandbox."""
         limits = self.image.limits
-        security = ["no-new-privileges:true"]
-        if self.seccomp is not None:
-            security.append(f"seccomp={self.seccomp}")
+        security = ["no-new-privileges:true", f"seccomp={self.seccomp}"]
         mounts = []
         tmpfs = {"/tmp": _tmpfs_options(limits.tmp_mb, "mode=1777")}
         if self.transport == "ipc":
@@ -117,6 +115,8 @@ class ContainerSpec:
             ulimits=[
                 Ulimit(name="nofile", soft=limits.open_files, hard=limits.open_files),
                 Ulimit(name="core", soft=0, hard=0),
+                # The engine mounts /dev/mqueue writable; without bytes for queues nothing can be made there.
+                Ulimit(name="msgqueue", soft=0, hard=0),
             ],
             tmpfs=tmpfs,
             shm_size=limits.shm_mb * 2**20,

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from traitlets import Enum, Float, Integer, Unicode, default
 
-from kernelprovisioner.images import LABEL_IMAGE, LABEL_TEMPLATE, KernelImage
+from kernelprovisioner.images import LABEL_IMAGE, LABEL_TEMPLATE, ImageError, KernelImage, seccomp_profile
 from kernelprovisioner.launchers.base import (
     Endpoint,
     EngineUnavailable,
@@ -51,16 +51,14 @@ from kernelprovisioner.launchers.docker_engine import (
 )
 from kernelprovisioner.launchers.docker_events import Event, EventWatch
 from kernelprovisioner.launchers.exits import Evidence
+from kernelprovisioner.runtime import RuntimeRoot
 from kernelprovisioner.sandbox_exit import ExitCause
 
 #: how long the engine's other events may come after the `die` of a killed container
 _EVIDENCE_SECONDS = 0.5
-#: a signal from outside explains a death that comes within this time (`docker stop` waits 10 s)
-_SIGNAL_SECONDS = 15.0
 #: events may get lost, so that the engine's list is compared at least this often
 _RECONCILE_SECONDS = 30.0
 _RETRY_PAUSE = 0.5
-_KILLED_CODES = (137, 143, 255)
 
 T = TypeVar("T")
 
@@ -75,7 +73,6 @@ class _Container:
     launched_at: float = 0.0
     evidence: Evidence = field(default_factory=Evidence)
     news: asyncio.Event = field(default_factory=asyncio.Event)
-    signal_at: float = 0.0
     removal: asyncio.Task[None] | None = None
 
 
@@ -104,17 +101,19 @@ class DockerLauncher(ConfigurableLauncher):
     def _default_docker_url(self) -> str:
         return engine_url(os.environ)
 
-    _engine: Engine | None = None
-    _threads: ThreadPoolExecutor | None = None
-    _watch: EventWatch | None = None
-    _reconciling: asyncio.Task[None] | None = None
-    _network: str | None = None
-
-    async def start(self, on_exit: ExitCallback) -> None:
-        self._on_exit = on_exit
+    def __init__(self, runtime: RuntimeRoot, **kwargs: Any) -> None:
+        super().__init__(runtime, **kwargs)
         self._containers: dict[str, _Container] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._look_again = asyncio.Event()
+        self._engine: Engine | None = None
+        self._threads: ThreadPoolExecutor | None = None
+        self._watch: EventWatch | None = None
+        self._reconciling: asyncio.Task[None] | None = None
+        self._network: str | None = None
+
+    async def start(self, on_exit: ExitCallback) -> None:
+        self._on_exit = on_exit
         self._threads = ThreadPoolExecutor(self.engine_threads, "samovar-engine")
         try:
             self._engine = await self._call(Engine.connect, self.docker_url, self.engine_timeout)
@@ -173,9 +172,9 @@ class DockerLauncher(ConfigurableLauncher):
         if container is not None:
             await asyncio.shield(self._removal(container))
 
-    def oom_events(self, launched: Launched) -> int:
+    def was_out_of_memory(self, launched: Launched, within: float) -> bool:
         container = self._containers.get(launched.sandbox_id)
-        return 0 if container is None else container.evidence.oom_events
+        return container is not None and time.monotonic() - container.evidence.oom_at <= within
 
     async def stop(self) -> None:
         if self._reconciling is not None:
@@ -188,7 +187,10 @@ class DockerLauncher(ConfigurableLauncher):
             *(self._removal(container) for container in list(self._containers.values())), return_exceptions=True
         )
         if self._watch is not None:
-            await self._watch.stop()
+            try:
+                await self._watch.stop()
+            except TimeoutError:
+                self.log.warning("the thread that reads the container engine's events does not end")
             self._watch = None
         if self._engine is not None:
             if self._network is not None:
@@ -273,12 +275,14 @@ class DockerLauncher(ConfigurableLauncher):
                 network=self._network,
                 mount=mount,
                 mount_gid=None if mount is None else mount_group(mount),
-                seccomp=_seccomp_profile(image),
+                seccomp=seccomp_profile(),
             )
             container_id = engine.start_container(spec)
             channels, supervisor = self._endpoints(engine, spec, container_id)
         except BaseException as error:
             self._discard(sandbox_id)
+            if isinstance(error, ImageError):
+                raise LaunchError(str(error)) from None
             if isinstance(error, ENGINE_ERRORS):
                 raise LaunchError(f"the engine could not start a sandbox of {image.name}: {explain(error)}") from error
             raise
@@ -357,25 +361,10 @@ class DockerLauncher(ConfigurableLauncher):
         container = self._containers.get(attributes.get(LABEL_SANDBOX, ""))
         if container is None:
             return
-        now = asyncio.get_running_loop().time()
-        evidence = container.evidence
-        match event.get("Action"):
-            case "oom":
-                evidence.oom_events += 1
-            case "kill":
-                evidence.engine_signal, container.signal_at = int(attributes.get("signal", 0)), now
-            case "die":
-                evidence.exit_code = int(attributes.get("exitCode", 0))
-                if evidence.engine_signal is not None and now - container.signal_at > _SIGNAL_SECONDS:
-                    evidence.engine_signal = None
-                self._ended(container)
-            case "destroy":
-                self._ended(container)
+        ended = container.evidence.ended
+        container.evidence.add_event(str(event.get("Action")), attributes, asyncio.get_running_loop().time())
         container.news.set()
-
-    def _ended(self, container: _Container) -> None:
-        if not container.evidence.ended:
-            container.evidence.ended = True
+        if container.evidence.ended and not ended:
             self._own(self._conclude(container))
 
     async def _conclude(self, container: _Container) -> None:
@@ -427,21 +416,7 @@ class DockerLauncher(ConfigurableLauncher):
         state: dict[str, Any] = {}
         if container.sandbox_id in listed:
             state = await self._call(self._engine_now().state, container.sandbox_id)
-        if state.get("Status") in ("created", "running", "paused", "restarting"):
-            return
-        code = state.get("ExitCode")
-        if state.get("OOMKilled"):
-            container.evidence.oom_events += 1
-        elif code in _KILLED_CODES:
-            # Its events were lost, so the engine itself was away: it took its containers with it.
-            container.evidence.engine_signal = code - 128 if code != _KILLED_CODES[-1] else 9
-        container.evidence.exit_code = code
-        self._ended(container)
-
-
-def _seccomp_profile(image: KernelImage) -> str | None:
-    """Return the seccomp profile that stands beside the kernel image's folder; None: the engine's own is used."""
-    try:
-        return (image.folder.parent / "seccomp.json").read_text()
-    except FileNotFoundError:
-        return None
+        if not container.evidence.ended:
+            container.evidence.add_state(state)
+            if container.evidence.ended:
+                self._own(self._conclude(container))

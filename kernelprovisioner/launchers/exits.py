@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import signal
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,13 +14,23 @@ _SIGNAL_BASE = 128
 _LAST_SIGNAL = 64
 
 
+#: a signal from outside explains a death that comes within this time (`docker stop` waits 10 s)
+_SIGNAL_SECONDS = 15.0
+_ALIVE = ("created", "running", "paused", "restarting")
+#: exit codes of containers that an engine took with it: SIGKILL, SIGTERM, and what it writes after its own crash
+_ENGINE_CODES = {137: signal.SIGKILL, 143: signal.SIGTERM, 255: signal.SIGKILL}
+
+
 @dataclass
 class Evidence:
     """What the engine told about one container so far."""
 
     oom_events: int = 0
-    #: the last signal that somebody sent from outside
+    #: when the last of them came (monotonic seconds)
+    oom_at: float = -math.inf
+    #: the last signal that somebody sent from outside, and when (monotonic seconds)
     engine_signal: int | None = None
+    signal_at: float = 0.0
     #: PID 1's exit code, once it ended
     exit_code: int | None = None
     ended: bool = False
@@ -29,6 +41,32 @@ class Evidence:
         """Whether waiting for further events could not change the verdict."""
         killed = self.exit_code == _SIGNAL_BASE + signal.SIGKILL
         return not killed or self.oom_events > 0 or self.engine_signal is not None
+
+    def add_event(self, action: str, attributes: Mapping[str, str], now: float) -> None:
+        """Take one event of the engine in: oom, kill, die or destroy."""
+        match action:
+            case "oom":
+                self.oom_events, self.oom_at = self.oom_events + 1, now
+            case "kill":
+                self.engine_signal, self.signal_at = int(attributes.get("signal", 0)), now
+            case "die":
+                self.exit_code = int(attributes.get("exitCode", 0))
+                if now - self.signal_at > _SIGNAL_SECONDS:
+                    self.engine_signal = None
+                self.ended = True
+            case "destroy":
+                self.ended = True
+
+    def add_state(self, state: Mapping[str, Any]) -> None:
+        """Take in how the engine lists the container when events may have been lost; empty: it does not list it."""
+        if state.get("Status") in _ALIVE:
+            return
+        self.exit_code = state.get("ExitCode")
+        self.ended = True
+        if state.get("OOMKilled"):
+            self.oom_events += 1
+        elif self.exit_code in _ENGINE_CODES:
+            self.engine_signal = _ENGINE_CODES[self.exit_code]
 
     def verdict(self) -> SandboxExit:
         """Return why the container ended."""

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 from traitlets import Bool, Float
@@ -26,7 +27,7 @@ from kernelprovisioner.launchers.configurable import (
     thread_variables,
 )
 from kernelprovisioner.launchers.exits import exit_of_code
-from kernelprovisioner.runtime import OwnerDirectory
+from kernelprovisioner.runtime import OwnerDirectory, RuntimeRoot
 
 #: what a sandbox process inherits of our environment; names that start with LC_ too
 INHERITED = frozenset({"PATH", "LANG", "TZ", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH"})
@@ -57,9 +58,12 @@ class ProcessLauncher(ConfigurableLauncher):
         2.0, min=0.0, help="Seconds that a supervisor has for ending its kernel by itself before all of it is killed."
     ).tag(config=True)
 
+    def __init__(self, runtime: RuntimeRoot, **kwargs: Any) -> None:
+        super().__init__(runtime, **kwargs)
+        self._children: dict[str, _Child] = {}
+
     async def start(self, on_exit: ExitCallback) -> None:
         self._on_exit = on_exit
-        self._children: dict[str, _Child] = {}
         with runtime_errors_as_launch_errors():
             self._owner = self.runtime.owner_directory()
         self._owner.write_kind(_KIND)
@@ -86,9 +90,9 @@ class ProcessLauncher(ConfigurableLauncher):
         child.destroying = True
         await asyncio.shield(asyncio.ensure_future(self._end(launched.sandbox_id, child)))
 
-    def oom_events(self, launched: Launched) -> int:
-        """Always 0: nobody tells us, and no limit of ours is enforced."""
-        return 0
+    def was_out_of_memory(self, launched: Launched, within: float) -> bool:
+        """Never: nobody tells us, and no limit of ours is enforced."""
+        return False
 
     async def stop(self) -> None:
         for sandbox_id, child in list(self._children.items()):

@@ -1,4 +1,4 @@
-"""Every cell gets exactly one answer, with the output so far and the cause in words; output arrives whole and in order."""
+"""Each cell gets exactly one answer, with the output so far and the cause in words; output comes whole and in order."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ names = sorted(n for n in globals() if not n.startswith('_'))
 print(names, In[:-1], Out, repr(_), repr(__), repr(___), sys.argv[1:])
 """
     assert gateway.exec(code)["stdout"] == (
-        "['In', 'Out', 'exit', 'get_ipython', 'names', 'open', 'quit', 'sys'] [''] {} '' '' '' []\n"
+        "['In', 'Out', 'exit', 'get_ipython', 'open', 'quit', 'sys'] [''] {} '' '' '' []\n"
     )
 
 
@@ -123,7 +123,11 @@ def test_an_endless_print_is_interrupted(gateway: GatewayProcess) -> None:
 
 
 def test_a_cell_that_swallows_the_interrupt_is_killed_and_says_so(gateway: GatewayProcess) -> None:
-    code = "print('before')\nwhile True:\n    try:\n        while True: pass\n    except KeyboardInterrupt: pass"
+    # Not `while True: pass` within: CPython 3.11 does not let a handler catch what is raised at that jump itself.
+    code = (
+        "import time\nprint('before')\nwhile True:\n    try:\n        while True: time.sleep(0.01)\n"
+        "    except KeyboardInterrupt: pass"
+    )
     started = time.monotonic()
     result = gateway.exec(code)
     assert time.monotonic() - started < 25
@@ -140,7 +144,6 @@ def test_a_cell_that_swallows_the_interrupt_is_killed_and_says_so(gateway: Gatew
         ("import ctypes; ctypes.string_at(0)", "signal", "SIGSEGV"),
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "signal", "SIGKILL"),
         ("x = bytearray(2 << 30)\nx[::4096] = b'y' * len(x[::4096])", "out_of_memory", "limit"),
-        ("import os, signal; os.kill(1, signal.SIGKILL); os.kill(os.getppid(), 15)", "", ""),
     ],
 )
 def test_a_death_is_answered_with_the_output_so_far_and_its_cause(
@@ -148,11 +151,15 @@ def test_a_death_is_answered_with_the_output_so_far_and_its_cause(
 ) -> None:
     result = gateway.exec("print('before', flush=False)\nimport os; os.write(1, b'raw\\n')\n" + code)
     assert result["stdout"] == "before\nraw\n"
-    if not cause:
-        return  # what a container makes of a signal to its PID 1 is its own; one answer with the output is enough
     assert result["status"] == "died"
     assert result["exit_cause"]["cause"] == cause
     assert words in result["stderr"]
+
+
+def test_a_cell_that_ends_its_own_supervisor_gets_one_answer(gateway: GatewayProcess) -> None:
+    result = gateway.exec("import os, signal, time\nfor n in (9, 15, 2): os.kill(1, n)\ntime.sleep(60)")
+    assert result["status"] in ("died", "timeout") and result["exit_cause"]["text"]
+    assert gateway.exec("print('next')")["stdout"] == "next\n"
 
 
 def test_sys_exit_ends_the_cell_only(gateway: GatewayProcess) -> None:
@@ -207,7 +214,9 @@ def test_environments_of_two_sessions_that_start_at_once_stay_apart(gateway: Gat
     assert (one["MINE"], two["MINE"]) == ("1", "2")
     assert "ONLY_2" not in one and "ONLY_1" not in two
     for seen in (one, two):
-        assert not {"API_KEY", "SAMOVAR_DATA_DIR", "DOCKER_BASE_URL", "SAMOVAR_SUPERVISOR", "SAMOVAR_KERNEL"} & seen.keys()
+        assert (
+            not {"API_KEY", "SAMOVAR_DATA_DIR", "DOCKER_BASE_URL", "SAMOVAR_SUPERVISOR", "SAMOVAR_KERNEL"} & seen.keys()
+        )
         assert KEY not in seen.values()
 
 

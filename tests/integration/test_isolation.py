@@ -83,7 +83,9 @@ print(json.dumps(written))
 
 
 @pytest.mark.parametrize("directory", ["/mnt/data", "/tmp"])
-def test_a_full_directory_is_an_error_in_the_cell_and_the_sandbox_lives(gateway: GatewayProcess, directory: str) -> None:
+def test_a_full_directory_is_an_error_in_the_cell_and_the_sandbox_lives(
+    gateway: GatewayProcess, directory: str
+) -> None:
     code = f"""
 kept = "still here"
 import errno, os
@@ -146,7 +148,8 @@ def test_sessions_see_nothing_of_each_other(gateway: GatewayProcess) -> None:
     one = gateway.exec(secret)
     code = """
 import json, os
-found = [os.path.join(d, f) for d, _, files in os.walk("/") if not d.startswith(("/proc", "/sys")) for f in files if f == "mine"]
+walked = (entry for entry in os.walk("/") if not entry[0].startswith(("/proc", "/sys")))
+found = [os.path.join(directory, name) for directory, _, files in walked for name in files if name == "mine"]
 print(json.dumps([found, "mine" in globals(), sorted(os.listdir("/samovar"))]))
 """
     two = gateway.exec(code)
@@ -254,7 +257,7 @@ kernel.iopub_socket.send_multipart([b"x" * (100 << 20)])
 def test_forged_frames_hurt_their_own_session_only(gateway: GatewayProcess, forgery: str) -> None:
     bystander = gateway.exec("kept = 'untouched'")["session_id"]
     before = gateway.memory()
-    result = gateway.exec(FORGERIES[forgery] + "\nprint('forged')", timeout=20)
+    result = gateway.exec(FORGERIES[forgery] + "\nprint('forged')")
     assert result["status"] in ("ok", "error", "died", "timeout")
     assert gateway.exec("print(kept)", bystander)["stdout"] == "untouched\n"
     assert gateway.call("GET", "/health").status == 200

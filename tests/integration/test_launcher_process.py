@@ -106,10 +106,13 @@ from kernelprovisioner.images import find_image
 from kernelprovisioner.launchers.base import LaunchRequest
 from kernelprovisioner.launchers.process import ProcessLauncher
 from kernelprovisioner.runtime import RuntimeRoot
+from kernelprovisioner.supervisor import SupervisorClient
 async def main():
     launcher = ProcessLauncher(RuntimeRoot.open({str(runtime.path)!r}))
     await launcher.start(lambda *_: None)
-    print((await launcher.launch(LaunchRequest("0123456789abcdef", find_image("python")))).runtime_id, flush=True)
+    launched = await launcher.launch(LaunchRequest("0123456789abcdef", find_image("python")))
+    (await SupervisorClient.connect(launched.supervisor, launched.token, timeout=10)).close()
+    print(launched.runtime_id, flush=True)
     await asyncio.Event().wait()
 asyncio.run(main())
 """
@@ -118,8 +121,6 @@ asyncio.run(main())
         assert other.stdout is not None
         line = await asyncio.wait_for(other.stdout.readline(), 15)
         supervisor = psutil.Process(int(line.decode().strip().removeprefix("process:")))
-        while not supervisor.children():
-            await asyncio.sleep(0.02)
         processes = [supervisor, *supervisor.children(recursive=True)]
         living = ProcessLauncher(runtime)
         await living.start(lambda *_: None)

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from samovar_kernel.frames import MAX_BODY, MAX_HEADER, FrameError, FrameReader, pack
 
 from kernelprovisioner.launchers.base import Endpoint
 from kernelprovisioner.supervisor import PIECE, FileEntry, SupervisorClient, SupervisorError, remaining_output
-from samovar_kernel.frames import MAX_BODY, MAX_HEADER, FrameError, FrameReader, pack
 
 TOKEN = "token"
 Answer = Callable[[dict[str, Any], bytes], bytes]

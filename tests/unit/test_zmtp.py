@@ -1,4 +1,4 @@
-"""The ZMTP codec: what we encode comes back, however it is cut; what leaves the protocol or the bounds is refused early."""
+"""The ZMTP codec: what we encode comes back, however it is cut; what leaves protocol or bounds is refused early."""
 
 from __future__ import annotations
 

@@ -1,0 +1,126 @@
+"""Samples → results.json and the README's table. Pure but for the two writers at the end."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results.json"
+SAMPLES = ROOT / "benchmarks" / "samples.json"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- numbers: written by `make bench` -->", "<!-- end of numbers -->"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What a case may cost at most, in bare round trips' p50."""
+
+    p50: float
+    p99: float | None = None
+
+
+#: case → (what it is, in the README's words; its bar)
+CASES: dict[str, tuple[str, Bar | None]] = {
+    "bare": ("bare round trip, stock ipykernel", None),
+    "sandbox": ("bare round trip, a sandbox's kernel", None),
+    "live": ("`POST /exec` in a live session", Bar(1.3)),
+    "gateway": ("the gateway's own part of that", Bar(0.35)),
+    "claim": ("claim of a warm sandbox, while the pool refills", Bar(0.6, 4.0)),
+    "first": ("new session to first result, warm", Bar(2.5)),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of results.json; times in milliseconds. The baseline was measured interleaved with the case."""
+
+    case: str
+    n: int
+    p50_ms: float
+    p99_ms: float
+    baseline_p50_ms: float
+    ratio_p50: float
+    ratio_p99: float
+    bar_p50: float | None
+    bar_p99: float | None
+    held: bool | None
+
+
+def percentile(samples: Sequence[float], share: float) -> float:
+    """The smallest sample that at least `share` of all samples do not exceed."""
+    return sorted(samples)[max(0, math.ceil(share * len(samples)) - 1)]
+
+
+def result(case: str, samples: Sequence[float], baseline: Sequence[float]) -> Result:
+    """Sum up one case; the ratios are to the baseline's p50."""
+    base = statistics.median(baseline)
+    p50, p99 = statistics.median(samples), percentile(samples, 0.99)
+    bar = CASES[case][1]
+    held = None
+    if bar is not None:
+        held = p50 <= bar.p50 * base and (bar.p99 is None or p99 <= bar.p99 * base)
+    return Result(
+        case=case,
+        n=len(samples),
+        p50_ms=round(p50, 3),
+        p99_ms=round(p99, 3),
+        baseline_p50_ms=round(base, 3),
+        ratio_p50=round(p50 / base, 3),
+        ratio_p99=round(p99 / base, 3),
+        bar_p50=bar.p50 if bar else None,
+        bar_p99=bar.p99 if bar else None,
+        held=held,
+    )
+
+
+def table(document: Mapping[str, Any]) -> str:
+    """The README's table, as Markdown."""
+    lines = [
+        "| what | p50 | p99 | p50 ÷ bare round trip | bar |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in document["results"]:
+        bar = "" if row["bar_p50"] is None else f"≤ {row['bar_p50']:g}"
+        if row["bar_p99"] is not None:
+            bar += f" (p99 ≤ {row['bar_p99']:g})"
+        if row["held"] is False:
+            bar += ", missed"
+        what = CASES[row["case"]][0]
+        ratio = f"{row['ratio_p50']:.2f}"
+        if row["bar_p99"] is not None:
+            ratio += f" (p99 {row['ratio_p99']:.2f})"
+        lines.append(f"| {what} | {row['p50_ms']:.2f} ms | {row['p99_ms']:.2f} ms | {ratio} | {bar} |")
+    versions = document["versions"]
+    lines += [
+        "",
+        f"{versions['cpus']} cores, Docker {versions['engine']}, Python {versions['python']}, "
+        f"ipykernel {versions['ipykernel']}, pyzmq {versions['pyzmq']}. An absolute time says little on another "
+        "machine; the ratio to a bare round trip, measured interleaved in the same run, does. "
+        "The cell is `print(1)`; raw samples are in `benchmarks/samples.json`.",
+    ]
+    return "\n".join(lines)
+
+
+def readme_with(text: str, document: Mapping[str, Any]) -> str:
+    """The README's text with the table in its place. Raises ValueError where the place is missing."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md lacks the lines {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n{table(document)}\n{END}{after}"
+
+
+def write(results: Sequence[Result], samples: Mapping[str, Sequence[float]], versions: Mapping[str, Any]) -> None:
+    """Write results.json, the raw samples beside it, and the README's table."""
+    document = {"versions": dict(versions), "results": [asdict(row) for row in results]}
+    RESULTS.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    rounded = {case: [round(value, 3) for value in values] for case, values in samples.items()}
+    lines = ",\n".join(f" {json.dumps(case)}: {json.dumps(values)}" for case, values in rounded.items())
+    SAMPLES.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+    README.write_text(readme_with(README.read_text(encoding="utf-8"), document), encoding="utf-8")

@@ -1,0 +1,167 @@
+"""`samovar run NOTEBOOK [-o OUT]`: execute a notebook in a sandbox, with a progress bar."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import re
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from jupyter_client.kernelspec import NoSuchKernel
+from nbclient.client import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from tqdm import tqdm
+
+from gateway.errors import ExitCode
+from kernelprovisioner.launchers.base import LaunchError
+
+KERNEL_NAME = "sandbox"
+_CELL_FAILED = 1
+_INTERRUPTED = 130
+
+# Colours may pass to the terminal; what moves its cursor or talks to it may not.
+_UNSAFE = re.compile(r"\x1b(?!\[[0-9;]*m)|[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f]")
+
+
+class RunError(Exception):
+    """The notebook could not be run; one sentence for a person, and the exit code."""
+
+    def __init__(self, text: str, exit_code: int) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
+class NotebookRun(NotebookClient):
+    """An nbclient that shows its progress and ends in order when it is interrupted."""
+
+    def __init__(self, notebook: nbformat.NotebookNode, directory: Path) -> None:
+        super().__init__(
+            notebook,
+            kernel_name=KERNEL_NAME,
+            timeout=None,
+            resources={"metadata": {"path": str(directory)}},
+            on_cell_start=self._cell_starts,
+            on_cell_executed=self._cell_ended,
+        )
+        cells = sum(cell.cell_type == "code" and bool(cell.source.strip()) for cell in notebook.cells)
+        # disable=None: no bar where nobody looks at a terminal
+        self._bar = tqdm(total=cells, unit="cell", desc="starting", disable=None, leave=False)
+
+    async def async_start_new_kernel(self, **kwargs: Any) -> None:
+        """Start the kernel; from here on an interrupt cancels the run, and nbclient's clean-up ends the kernel."""
+        task = asyncio.current_task()
+        assert task is not None
+        # nbclient's own handlers end the kernel under the running cell, which then fails with an unrelated error.
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, task.cancel)
+        await super().async_start_new_kernel(**kwargs)
+
+    async def run(self) -> None:
+        """Execute all cells. Raises what nbclient raises, and CancelledError when interrupted."""
+        try:
+            await self.async_execute()
+        finally:
+            self._bar.close()
+
+    def _cell_starts(self, cell: nbformat.NotebookNode, cell_index: int) -> None:
+        if cell.cell_type == "code":
+            self._bar.set_description(f"cell {cell_index + 1}")
+
+    def _cell_ended(self, cell: nbformat.NotebookNode, cell_index: int, execute_reply: dict[str, Any]) -> None:
+        self._bar.update()
+        for output in cell.outputs:
+            if text := _as_text(output):
+                tqdm.write(_UNSAFE.sub("\N{REPLACEMENT CHARACTER}", text), file=sys.stdout, end="")
+        sys.stdout.flush()
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a notebook; return the exit code: 0 all cells ran, 1 a cell failed, 130 interrupted, others as sysexits.h."""
+    parser = argparse.ArgumentParser(
+        prog="samovar run",
+        description="Execute a notebook in a sandbox and print what its cells print. "
+        "Its cells see the files of the notebook's directory, as a copy; files they write come back.",
+    )
+    parser.add_argument("notebook", type=Path, metavar="NOTEBOOK")
+    parser.add_argument("-o", "--output", type=Path, metavar="OUT", help="write the executed notebook here")
+    arguments = parser.parse_args(argv)
+    try:
+        return _run(arguments.notebook, arguments.output)
+    except RunError as error:
+        print(f"samovar run: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _run(path: Path, output: Path | None) -> int:
+    notebook = _read(path)
+    if output is not None and not os.access(output.parent, os.W_OK):
+        raise RunError(f"{output}: its directory does not exist or is not writable.", ExitCode.UNWRITABLE)
+    try:
+        asyncio.run(NotebookRun(notebook, path.resolve().parent).run())
+        code = 0
+    except CellExecutionError as error:
+        print(f"samovar run: a cell of {path} failed:\n{_UNSAFE.sub('', str(error))}", file=sys.stderr)
+        code = _CELL_FAILED
+    except (asyncio.CancelledError, KeyboardInterrupt):
+        print("samovar run: interrupted.", file=sys.stderr)
+        code = _INTERRUPTED
+    except NoSuchKernel:
+        raise RunError(
+            f"the kernel {KERNEL_NAME!r} is not installed; install it with: samovar kernelspec install", ExitCode.FAILED
+        ) from None
+    except (LaunchError, RuntimeError, TimeoutError) as error:
+        # DeadKernelError is one of these, with the cause of death as its text where the provisioner could tell it.
+        print(f"samovar run: {error}", file=sys.stderr)
+        code = ExitCode.FAILED
+    if output is not None:
+        _write(notebook, output)
+        print(f"samovar run: {'wrote' if code == 0 else 'wrote what ran to'} {output}", file=sys.stderr)
+    return code
+
+
+def _read(path: Path) -> nbformat.NotebookNode:
+    try:
+        return nbformat.read(path, as_version=4)
+    except FileNotFoundError:
+        raise RunError(f"{path}: there is no such file.", ExitCode.NO_IMAGE) from None
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror}.", ExitCode.NO_IMAGE) from None
+    except (ValueError, AttributeError, KeyError, nbformat.ValidationError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RunError(f"{path} is not a notebook: {reason[:200]}", ExitCode.CONFIGURATION) from None
+
+
+def _write(notebook: nbformat.NotebookNode, output: Path) -> None:
+    """Write the notebook as a whole or not at all."""
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=output.parent, prefix=f".{output.name}.", delete=False
+        ) as file:
+            nbformat.write(notebook, file)
+        os.chmod(file.name, 0o666 & ~_umask())
+        os.replace(file.name, output)
+    except OSError as error:
+        raise RunError(f"{output} could not be written: {error.strerror}.", ExitCode.UNWRITABLE) from None
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _as_text(output: nbformat.NotebookNode) -> str:
+    """What of one output can be shown at a terminal; a failed cell's traceback is told at the end instead."""
+    if output.output_type == "stream":
+        return str(output.text)
+    if output.output_type in ("execute_result", "display_data"):
+        return str(output.data.get("text/plain", "")).rstrip("\n") + "\n"
+    return ""

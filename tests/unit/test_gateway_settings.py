@@ -1,0 +1,156 @@
+"""Settings: from command line, environment and file, and one clear sentence for what is wrong with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gateway.app import GatewayApp
+from gateway.errors import ExitCode, StartError
+from gateway.settings import PoolSettings, SandboxLimits, environment_name
+from kernelprovisioner.images import KernelImage, PoolBounds, read_images
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No setting of the person who runs the tests."""
+    import os
+
+    for name in list(os.environ):
+        if name.startswith(("SAMOVAR_", "API_", "MAX_", "CONTAINER_POOL_", "DOCKER_", "LOG_LEVEL")):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+
+def app(*argv: str) -> GatewayApp:
+    made = GatewayApp()
+    made.initialize(list(argv))
+    return made
+
+
+@pytest.fixture
+def python_image() -> KernelImage:
+    return read_images()["python"]
+
+
+def test_the_command_line_wins_over_ours_over_known_names_over_the_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "samovar_config.py").write_text("c.GatewayApp.port = 1001\nc.GatewayApp.host = '::1'\n")
+    assert (app().port, app().host) == (1001, "::1")
+    monkeypatch.setenv("API_PORT", "1002")
+    assert app().port == 1002
+    monkeypatch.setenv("SAMOVAR_PORT", "1003")
+    assert app().port == 1003
+    assert app("--port=1004").port == 1004
+    assert app().host == "::1"
+
+
+def test_every_trait_has_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert environment_name("GatewayApp", "data_dir") == "SAMOVAR_DATA_DIR"
+    assert environment_name("PoolSettings", "max_size") == "SAMOVAR_POOL_SETTINGS_MAX_SIZE"
+    monkeypatch.setenv("SAMOVAR_POOL_SETTINGS_MAX_SIZE", "7")
+    assert PoolSettings(parent=app()).max_size == 7
+
+
+def test_known_names_reach_pool_and_limits(monkeypatch: pytest.MonkeyPatch, python_image: KernelImage) -> None:
+    known = {
+        "CONTAINER_POOL_MIN_SIZE": "3",
+        "CONTAINER_POOL_MAX_SIZE": "9",
+        "CONTAINER_POOL_PY_MIN": "1",
+        "MAX_MEMORY_MB": "300",
+        "MAX_CPUS": "0.5",
+        "MAX_PIDS": "50",
+        "MAX_EXECUTION_TIME": "7",
+    }
+    for name, value in known.items():
+        monkeypatch.setenv(name, value)
+    parent = app()
+    assert PoolSettings(parent=parent).of(python_image) == PoolBounds(1, 9)
+    limits = SandboxLimits(parent=parent).applied_to(python_image).limits
+    assert (limits.memory_mb, limits.cpus, limits.pids) == (300, 0.5, 50)
+    assert limits.work_mb == python_image.limits.work_mb
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("API_PORT", "many", "API_PORT='many'"),
+        ("API_PORT", "70000", "65535"),
+        ("MAX_CPUS", "0", "MAX_CPUS"),
+        ("CONTAINER_POOL_PY_MAX", "x", "CONTAINER_POOL_PY_MAX"),
+        ("LOG_LEVEL", "loud", "LOG_LEVEL"),
+        ("SAMOVAR_LAUNCHER", "rocket", "SAMOVAR_LAUNCHER"),
+    ],
+)
+def test_a_bad_variable_is_named(monkeypatch: pytest.MonkeyPatch, variable: str, value: str, words: str) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(StartError, match="Bad configuration") as caught:
+        app()
+    assert words in str(caught.value)
+    assert caught.value.exit_code == ExitCode.CONFIGURATION
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--GatewayApp.prot=5", "did you mean 'port'"),
+        ("--Gateway.port=5", "did you mean 'GatewayApp'"),
+        ("--port=x", "port"),
+        ("rubbish", "rubbish"),
+    ],
+)
+def test_a_bad_argument_is_named(argument: str, words: str) -> None:
+    with pytest.raises(StartError) as caught:
+        app(argument)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("c.GatewayApp.prot = 5\n", "prot"),
+        ("x = 1\ny = 1 / 0\n", "line 2: ZeroDivisionError"),
+        ("x = (\n", "line 1"),
+        ("c.GatewayApp.port = 'x'\n", "port"),
+    ],
+)
+def test_a_bad_file_is_named_with_its_line(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "samovar_config.py").write_text(text)
+    with pytest.raises(StartError) as caught:
+        app()
+    assert words in str(caught.value)
+
+
+def test_a_file_that_was_named_must_be_there() -> None:
+    with pytest.raises(StartError, match=r"other\.py does not exist"):
+        app("--config=other.py")
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, None),
+        ({"min_size": 30}, (30, 30)),
+        ({"max_size": 1}, (1, 1)),
+        ({"min_size": 0}, (0, None)),
+        ({"bounds": {"python": {"min": 5, "max": 6}}, "min_size": 1, "max_size": 2}, (5, 6)),
+    ],
+)
+def test_pool_bounds(
+    settings: dict[str, object], expected: tuple[int, int | None] | None, python_image: KernelImage
+) -> None:
+    bounds = PoolSettings(**settings).of(python_image)
+    least, most = expected or (python_image.pool.min, python_image.pool.max)
+    assert bounds == PoolBounds(least, most or python_image.pool.max)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"min_size": 3, "max_size": 2}, {"bounds": {"python": {"mox": 2}}}, {"bounds": {"python": {"max": "2"}}}],
+)
+def test_impossible_bounds_are_refused(settings: dict[str, object], python_image: KernelImage) -> None:
+    with pytest.raises(StartError, match="Bad configuration"):
+        PoolSettings(**settings).of(python_image)

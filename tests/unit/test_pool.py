@@ -1,0 +1,459 @@
+"""SandboxPool on asyncio, with sandboxes that are made of nothing: races, failures, and that nothing is left."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from kernelprovisioner.images import KernelImage, PoolBounds
+from kernelprovisioner.launchers.base import EngineUnavailable, LaunchError, LaunchRequest
+from kernelprovisioner.pool import ClaimTimeout, PoolClaim, PoolFull, PoolStopped, SandboxPool
+from kernelprovisioner.sandbox import ClaimError, ClaimRequest, Sandbox, Sandboxes
+from kernelprovisioner.sandbox_exit import ExitCause, SandboxExit
+
+IMAGE = KernelImage("python", "python", "Python", Path("."), "base")
+REQUESTED = SandboxExit(ExitCause.REQUESTED)
+
+
+class FakeSandbox:
+    """As much of a Sandbox as a pool sees."""
+
+    def __init__(self, engine: FakeEngine, request: LaunchRequest) -> None:
+        self.id = request.sandbox_id
+        self.mount = request.mount
+        self.exited: asyncio.Future[SandboxExit] = asyncio.get_running_loop().create_future()
+        self.claims: list[str] = []
+        self._engine = engine
+
+    async def claim(self, request: ClaimRequest) -> None:
+        self.claims.append(request.kernel_id)
+        await self._engine.on_claim(self)
+
+    async def destroy(self, cause: SandboxExit | None = None) -> None:
+        if not self.exited.done():
+            self.exited.set_result(cause or REQUESTED)
+        await self._engine.on_destroy(self)
+        self._engine.live.pop(self.id, None)
+
+
+class FakeEngine:
+    """Starts fake sandboxes, counts what lives, and fails where a test says so."""
+
+    def __init__(self) -> None:
+        self.live: dict[str, FakeSandbox] = {}
+        self.most_live = self.most_starting = self.starting = self.launches = 0
+        self.start_seconds = 0.002
+        self.start_errors: list[Exception] = []
+        self.claim_errors: list[Exception] = []
+        self.destroy_errors: list[Exception] = []
+        self.start_gate: asyncio.Event | None = None
+        self.claim_gate: asyncio.Event | None = None
+        self.destroy_gate: asyncio.Event | None = None
+        self.destroyed: list[str] = []
+
+    async def launch(self, request: LaunchRequest, *, timeout: float = 60.0) -> Sandbox:
+        self.launches += 1
+        sandbox = self.live[request.sandbox_id] = FakeSandbox(self, request)
+        self.starting += 1
+        self.most_live, self.most_starting = max(self.most_live, len(self.live)), max(self.most_starting, self.starting)
+        try:
+            await asyncio.sleep(self.start_seconds)
+            if self.start_gate is not None:
+                await self.start_gate.wait()
+            if self.start_errors:
+                raise self.start_errors.pop(0)
+        except BaseException:
+            del self.live[request.sandbox_id]
+            raise
+        finally:
+            self.starting -= 1
+        return cast(Sandbox, sandbox)
+
+    async def on_claim(self, sandbox: FakeSandbox) -> None:
+        if self.claim_gate is not None:
+            await self.claim_gate.wait()
+        if self.claim_errors:
+            raise self.claim_errors.pop(0)
+
+    async def on_destroy(self, sandbox: FakeSandbox) -> None:
+        self.destroyed.append(sandbox.id)
+        if self.destroy_gate is not None:
+            await self.destroy_gate.wait()
+        await asyncio.sleep(0.001)
+        if self.destroy_errors:
+            raise self.destroy_errors.pop(0)
+
+
+@asynccontextmanager
+async def a_pool(min: int = 0, max: int = 4, **options: Any) -> AsyncIterator[tuple[SandboxPool, FakeEngine]]:
+    engine = FakeEngine()
+    pool = SandboxPool(IMAGE, cast(Sandboxes, engine), bounds=PoolBounds(min, max), **options)
+    await pool.start()
+    try:
+        yield pool, engine
+    finally:
+        await pool.stop(timeout=5)
+        assert engine.live == {} and not pool._tasks, "something is left"
+        assert engine.most_live <= max, "more live sandboxes than max"
+
+
+async def until(condition: Callable[[], bool], timeout: float = 5.0) -> None:
+    async with asyncio.timeout(timeout):
+        while not condition():  # noqa: ASYNC110 (what is waited for has no event)
+            await asyncio.sleep(0.001)
+
+
+def ask(name: str = "k") -> ClaimRequest:
+    return ClaimRequest(kernel_id=name, key=b"key")
+
+
+async def test_a_warm_sandbox_is_claimed_and_replaced() -> None:
+    async with a_pool(min=2) as (pool, engine):
+        await until(lambda: pool.describe()["warm"] == 2)
+        claim = await pool.claim("ada", ask("k1"))
+        assert claim.source == "warm" and claim.waited_ms < 1000
+        assert cast(FakeSandbox, claim.sandbox).claims == ["k1"]
+        await until(lambda: pool.describe()["warm"] == 2)
+        assert pool.describe()["claimed"] == 1 and engine.launches == 3
+
+
+async def test_fifty_claims_at_once_on_twenty_places_all_get_their_own() -> None:
+    async with a_pool(min=2, max=20) as (pool, engine):
+
+        async def one(number: int) -> str:
+            claim = await pool.claim(f"owner-{number % 3}", ask(str(number)))
+            await asyncio.sleep(0.005)
+            await pool.release(claim.sandbox, REQUESTED)
+            return claim.sandbox.id
+
+        ids = await asyncio.gather(*(one(number) for number in range(50)))
+        assert len(set(ids)) == 50
+        assert engine.most_live <= 20 and engine.most_starting <= 2
+
+
+async def test_idle_sessions_give_way_and_are_told_before() -> None:
+    async with a_pool(max=2) as (pool, _):
+        told: list[tuple[str, ExitCause, bool]] = []
+        pool.on_evict = lambda sandbox, cause: told.append((sandbox.id, cause.cause, sandbox.exited.done()))
+        first, second = await pool.claim("ada", ask()), await pool.claim("ada", ask())
+        pool.touch(second.sandbox.id, 1.0)
+        pool.touch(first.sandbox.id, 2.0)
+        third = await pool.claim("ada", ask())
+        assert told == [(second.sandbox.id, ExitCause.EVICTED, False)]
+        assert second.sandbox.exited.result().cause is ExitCause.EVICTED
+        assert not first.sandbox.exited.done() and third.source == "started"
+        assert pool.describe()["evictions"] == 1
+
+
+async def test_a_busy_session_keeps_its_sandbox_and_the_line_has_a_deadline() -> None:
+    async with a_pool(max=1) as (pool, _):
+        claim = await pool.claim("ada", ask())
+        with pytest.raises(ClaimTimeout) as raised:
+            await pool.claim("ada", ask(), timeout=0.05)
+        assert raised.value.retry_after >= 1
+        assert not claim.sandbox.exited.done()
+        assert pool.describe()["waiting"] == 0
+
+
+async def test_who_waits_gets_the_sandbox_as_soon_as_one_is_idle() -> None:
+    async with a_pool(max=1) as (pool, _):
+        claim = await pool.claim("ada", ask())
+        waiting = asyncio.create_task(pool.claim("ada", ask()))
+        await asyncio.sleep(0.01)
+        pool.touch(claim.sandbox.id, 1.0)
+        assert (await waiting).sandbox is not claim.sandbox
+
+
+async def test_a_full_line_refuses_with_a_time_to_come_back() -> None:
+    async with a_pool(max=1, line_bound=2) as (pool, _):
+        claim = await pool.claim("ada", ask())
+        waiting = [asyncio.create_task(pool.claim("ada", ask())) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(PoolFull, match="all 1 places of 'python' are taken and 2 claims wait already") as raised:
+            await pool.claim("ada", ask())
+        assert raised.value.retry_after >= 1
+        await pool.release(claim.sandbox, REQUESTED)
+        first = await waiting[0]
+        await pool.release(first.sandbox, REQUESTED)
+        await waiting[1]
+
+
+async def test_a_cancelled_claim_leaves_the_line() -> None:
+    async with a_pool(max=1) as (pool, _):
+        claim = await pool.claim("ada", ask())
+        waiting = asyncio.create_task(pool.claim("ada", ask()))
+        await until(lambda: pool.describe()["waiting"] == 1)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        assert pool.describe()["waiting"] == 0
+        await pool.release(claim.sandbox, REQUESTED)
+
+
+@pytest.mark.parametrize("turns", range(8))
+async def test_a_claim_cancelled_at_any_moment_leaves_no_claimed_sandbox(turns: int) -> None:
+    async with a_pool(min=1, max=1) as (pool, _):
+        await until(lambda: pool.describe()["warm"] == 1)
+        claim = asyncio.create_task(pool.claim("ada", ask()))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        claim.cancel()
+        (result,) = await asyncio.gather(claim, return_exceptions=True)
+        if isinstance(result, PoolClaim):  # it was done before
+            await pool.release(result.sandbox, REQUESTED)
+        await until(lambda: pool.describe()["warm"] == 1)
+        assert pool.describe()["claimed"] == 0
+
+
+async def test_a_sandbox_given_in_the_turn_of_the_cancellation_is_destroyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with a_pool(max=1) as (pool, engine):
+        first = await pool.claim("ada", ask())
+        waiting = asyncio.create_task(pool.claim("ada", ask()))
+        await pool.release(first.sandbox, REQUESTED)
+        await until(lambda: engine.starting == 1)
+        given = next(iter(engine.live))
+        answer = pool._answer
+        # Cancelled in the very turn in which the state decides: the answer finds its claim gone.
+
+        def cancel_and_answer(*decided: Any) -> None:
+            waiting.cancel()
+            answer(*decided)
+
+        monkeypatch.setattr(pool, "_answer", cancel_and_answer)
+        await asyncio.gather(waiting, return_exceptions=True)
+        await until(lambda: given in engine.destroyed)
+
+
+async def test_a_claim_cancelled_while_it_is_made_personal_destroys_the_sandbox() -> None:
+    async with a_pool(min=1) as (pool, engine):
+        await until(lambda: pool.describe()["warm"] == 1)
+        engine.claim_gate = asyncio.Event()
+        (sandbox_id,) = engine.live
+        with pytest.raises(ClaimTimeout):
+            await pool.claim("ada", ask(), timeout=0.02)
+        await until(lambda: sandbox_id in engine.destroyed)
+
+
+async def test_a_sandbox_that_cannot_be_made_personal_is_destroyed_and_the_next_one_tried() -> None:
+    async with a_pool(min=2) as (pool, engine):
+        await until(lambda: pool.describe()["warm"] == 2)
+        engine.claim_errors = [ClaimError("no answer")]
+        first = next(iter(engine.live))
+        claim = await pool.claim("ada", ask())
+        assert claim.sandbox.id != first and claim.source == "warm"
+        await until(lambda: first not in engine.live)
+
+
+async def test_a_request_that_no_sandbox_accepts_ends_after_three() -> None:
+    async with a_pool(min=1) as (pool, engine):
+        engine.claim_errors = [ClaimError("refused its claim")] * 9
+        with pytest.raises(LaunchError, match="3 sandboxes in a row could not be claimed: refused its claim"):
+            await pool.claim("ada", ask())
+        assert len(engine.claim_errors) == 6
+
+
+async def test_a_sandbox_that_dies_while_it_is_claimed_is_not_handed_out() -> None:
+    async with a_pool(min=1) as (pool, engine):
+        await until(lambda: pool.describe()["warm"] == 1)
+        (dying,) = engine.live.values()
+        dying.exited.set_result(SandboxExit(ExitCause.SIGNAL, signal=9))  # the pool has not heard of it yet
+        claim = await pool.claim("ada", ask())
+        assert claim.sandbox.id != dying.id
+
+
+@pytest.mark.parametrize("claimed", [False, True])
+async def test_a_sandbox_that_dies_leaves_the_pool_and_is_replaced(claimed: bool) -> None:
+    async with a_pool(min=1, max=1) as (pool, engine):
+        await until(lambda: pool.describe()["warm"] == 1)
+        (sandbox,) = engine.live.values()
+        if claimed:
+            assert (await pool.claim("ada", ask())).sandbox.id == sandbox.id
+        sandbox.exited.set_result(SandboxExit(ExitCause.OUT_OF_MEMORY))
+        await until(lambda: sandbox.id not in engine.live and pool.describe()["warm"] == 1)
+        assert sandbox.exited.result().cause is ExitCause.OUT_OF_MEMORY
+
+
+async def test_a_mount_is_started_for_its_claim_alone() -> None:
+    async with a_pool(min=1, max=1) as (pool, _):
+        await until(lambda: pool.describe()["warm"] == 1)
+        claim = await pool.claim("ada", ask(), mount=Path("/data"))
+        assert claim.source == "cold"
+        assert cast(FakeSandbox, claim.sandbox).mount == Path("/data")
+
+
+async def test_a_mount_that_cannot_be_started_tells_its_claim_at_once() -> None:
+    async with a_pool() as (pool, engine):
+        engine.start_errors = [LaunchError("no such directory: /data")]
+        with pytest.raises(LaunchError, match="no such directory"):
+            await pool.claim("ada", ask(), mount=Path("/data"))
+        assert (await pool.claim("ada", ask(), timeout=1)).source == "started"
+
+
+async def test_an_abandoned_mount_ends_its_start() -> None:
+    async with a_pool(max=1) as (pool, engine):
+        engine.start_gate = asyncio.Event()
+        with pytest.raises(ClaimTimeout):
+            await pool.claim("ada", ask(), mount=Path("/data"), timeout=0.02)
+        await until(lambda: pool.describe()["removing"] == 0 and engine.live == {})
+
+
+async def test_failed_starts_back_off_and_the_error_reaches_who_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernelprovisioner.sizing.FIRST_BACKOFF", 0.02)
+    async with a_pool(min=1, concurrency=1) as (pool, engine):
+        engine.start_errors = [EngineUnavailable("the engine does not answer")] * 3
+        with pytest.raises(EngineUnavailable, match="the engine does not answer"):
+            await pool.claim("ada", ask())
+        described = pool.describe()
+        assert described["last_error"] == "the engine does not answer"
+        assert described["failures_in_a_row"] == described["failed_starts"] == 3
+        await until(lambda: pool.describe()["warm"] == 1)  # it comes back by itself
+        assert pool.describe()["failures_in_a_row"] == 0
+
+
+async def test_an_unexpected_error_of_a_start_is_a_failed_start() -> None:
+    async with a_pool(min=1) as (pool, engine):
+        engine.start_errors = [ValueError("surprise")]
+        await until(lambda: pool.describe()["failed_starts"] == 1)
+        assert "surprise" in pool.describe()["last_error"]
+
+
+async def test_a_place_stays_taken_until_removal_is_confirmed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernelprovisioner.sizing.FIRST_BACKOFF", 0.02)
+    async with a_pool(max=1) as (pool, engine):
+        claim = await pool.claim("ada", ask())
+        engine.destroy_gate = asyncio.Event()
+        engine.destroy_errors = [LaunchError("the engine does not answer")]
+        releasing = asyncio.create_task(pool.release(claim.sandbox, REQUESTED))
+        with pytest.raises(ClaimTimeout):
+            await pool.claim("bob", ask(), timeout=0.05)
+        assert pool.describe()["removing"] == 1 and engine.launches == 1
+        engine.destroy_gate.set()
+        await releasing
+        assert engine.destroyed == [claim.sandbox.id] * 2, "tried again"
+        assert (await pool.claim("bob", ask())).source == "started"
+
+
+async def test_release_goes_on_if_its_caller_is_cancelled_and_tells_its_cause() -> None:
+    async with a_pool(max=1) as (pool, engine):
+        claim = await pool.claim("ada", ask())
+        releasing = asyncio.create_task(pool.release(claim.sandbox, SandboxExit(ExitCause.TIME_LIMIT)))
+        await asyncio.sleep(0)
+        releasing.cancel()
+        await until(lambda: engine.live == {})
+        assert claim.sandbox.exited.result().cause is ExitCause.TIME_LIMIT
+        await pool.release(claim.sandbox, REQUESTED)  # again: nothing happens
+
+
+async def test_a_holder_that_fails_on_its_eviction_does_not_stop_it() -> None:
+    async with a_pool(max=1) as (pool, _):
+
+        def fails(sandbox: Sandbox, cause: SandboxExit) -> None:
+            raise RuntimeError("the session's bug")
+
+        pool.on_evict = fails
+        claim = await pool.claim("ada", ask())
+        pool.touch(claim.sandbox.id, 1.0)
+        assert (await pool.claim("ada", ask())).sandbox is not claim.sandbox
+
+
+async def test_stop_refuses_who_waits_and_destroys_all_that_lives() -> None:
+    async with a_pool(min=2, max=4) as (pool, engine):
+        claims = [await pool.claim("ada", ask()) for _ in range(3)]
+        engine.start_gate = asyncio.Event()
+        waiting = [asyncio.create_task(pool.claim("ada", ask())) for _ in range(3)]
+        waiting.append(asyncio.create_task(pool.claim("bob", ask(), mount=Path("/data"))))
+        await asyncio.sleep(0.01)
+        await pool.stop()
+        assert engine.live == {}
+        assert all(claim.sandbox.exited.result().cause is ExitCause.GATEWAY for claim in claims)
+        results = await asyncio.gather(*waiting, return_exceptions=True)
+        assert all(isinstance(result, PoolStopped | PoolClaim) for result in results)
+        with pytest.raises(PoolStopped):
+            await pool.claim("ada", ask())
+        await pool.stop()
+
+
+async def test_stop_while_a_claim_is_made_personal() -> None:
+    async with a_pool(min=1) as (pool, engine):
+        await until(lambda: pool.describe()["warm"] == 1)
+        engine.claim_gate = asyncio.Event()
+        claim = asyncio.create_task(pool.claim("ada", ask()))
+        await asyncio.sleep(0)
+        stopping = asyncio.create_task(pool.stop())
+        await asyncio.sleep(0)
+        engine.claim_gate.set()
+        with pytest.raises(PoolStopped):
+            await claim
+        await stopping
+
+
+async def test_stop_says_what_could_not_be_removed(caplog: pytest.LogCaptureFixture) -> None:
+    engine = FakeEngine()
+    pool = SandboxPool(IMAGE, cast(Sandboxes, engine), bounds=PoolBounds(0, 1))
+    claim = await pool.claim("ada", ask())
+    engine.destroy_gate = asyncio.Event()
+    await pool.stop(timeout=0.05)
+    assert f"not confirmed as removed: {claim.sandbox.id}" in caplog.text
+    assert not pool._tasks
+
+
+async def test_the_pool_describes_itself() -> None:
+    async with a_pool(min=2, max=4) as (pool, _):
+        await until(lambda: pool.describe()["warm"] == 2)
+        described = pool.describe()
+        assert {
+            key: described[key] for key in ("image", "min", "max", "starting", "claimed", "removing", "waiting")
+        } == {
+            "image": "python",
+            "min": 2,
+            "max": 4,
+            "starting": 0,
+            "claimed": 0,
+            "removing": 0,
+            "waiting": 0,
+        }
+        assert (described["want"], described["why"]) == (2, "2 kept warm")
+        assert described["last_error"] is None
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_whatever_fails_all_ends_in_gone(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A storm of claims, deaths, failures and cancellations: each sandbox serves one claim at most, nothing is left."""
+    monkeypatch.setattr("kernelprovisioner.sizing.FIRST_BACKOFF", 0.001)
+    dice = random.Random(seed)
+    async with a_pool(min=2, max=5) as (pool, engine):
+        served: list[str] = []
+
+        async def user(number: int) -> None:
+            await asyncio.sleep(dice.random() * 0.05)
+            mount = Path("/data") if dice.random() < 0.2 else None
+            try:
+                async with asyncio.timeout(dice.choice([0.005, 0.02, 5.0])):
+                    claim = await pool.claim(f"owner-{number % 4}", ask(), timeout=2.0, mount=mount)
+            except (TimeoutError, LaunchError, PoolFull, ClaimTimeout):
+                return
+            served.append(claim.sandbox.id)
+            await asyncio.sleep(dice.random() * 0.01)
+            match dice.randrange(3):
+                case 0 if not claim.sandbox.exited.done():
+                    claim.sandbox.exited.set_result(SandboxExit(ExitCause.SIGNAL, signal=9))
+                case 1:
+                    pool.touch(claim.sandbox.id, asyncio.get_running_loop().time())
+                    await asyncio.wait([claim.sandbox.exited], timeout=0.05)
+            await pool.release(claim.sandbox, REQUESTED)
+
+        async def trouble() -> None:
+            for _ in range(20):
+                await asyncio.sleep(dice.random() * 0.01)
+                errors = dice.choice([engine.start_errors, engine.claim_errors, engine.destroy_errors])
+                errors.append(ClaimError("trouble") if errors is engine.claim_errors else LaunchError("trouble"))
+
+        await asyncio.gather(trouble(), *(user(number) for number in range(60)))
+        assert len(served) == len(set(served)) > 0
+        engine.start_errors.clear()
+        await until(lambda: pool.describe()["warm"] >= 2 and pool.describe()["claimed"] == 0)
