@@ -68,11 +68,10 @@ class RestClient:
     def wait_for_warm(self, count: int) -> None:
         """Wait until the pool holds `count` warm sandboxes. Raises TimeoutError."""
         deadline = time.monotonic() + _REFILL_TIMEOUT
-        while time.monotonic() < deadline:
-            if self.call("GET", "/metrics/pool")["pool"]["python"]["warm"] >= count:
-                return
+        while (pool := self.call("GET", "/metrics/pool")["pool"]["python"])["warm"] < count:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the pool did not refill: {pool}")
             time.sleep(0.02)
-        raise TimeoutError("the pool did not refill")
 
 
 def measure_live(rest: RestClient, stock: BareClient, sandbox: BareClient, rounds: int) -> Samples:

@@ -74,7 +74,7 @@ class OutputCollector:
         return set(self._stream_ids)
 
     def take(self, message: Message) -> None:
-        """Take in one iopub message of the cell. Raises WireError, RecursionError, ValueError where it makes no sense."""
+        """Take in one iopub message. Raises WireError, RecursionError or ValueError where it makes no sense."""
         content = message.content
         match message.msg_type:
             case "stream":
@@ -123,7 +123,8 @@ class OutputCollector:
             else:
                 listed.append(_stream_output(output.name, _text(output, self._max_bytes)))
         if self._cut_outputs:
-            notice = f"[samovar: {self._cut_outputs} more outputs were cut; {self._limits()}]\n"
+            many = "1 more output was" if self._cut_outputs == 1 else f"{self._cut_outputs} more outputs were"
+            notice = f"[samovar: {many} cut; {self._limits()}]\n"
             listed.append(_stream_output("stderr", notice))
         return listed
 

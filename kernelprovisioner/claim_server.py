@@ -200,9 +200,7 @@ class ClaimServer:
             notice=wanted.notice,
             hold_ms=max(0, min(wanted.hold_ms, 1000)),
         )
-        claim = await pool.claim(
-            f"uid:{os.getuid()}", request, timeout=max(0.1, min(wanted.wait, 600.0)), mount=mount
-        )
+        claim = await pool.claim(f"uid:{os.getuid()}", request, timeout=max(0.1, min(wanted.wait, 600.0)), mount=mount)
         held = _Held(pool, claim)
         self._held[claim.sandbox.id] = held
         try:

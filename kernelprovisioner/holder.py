@@ -171,7 +171,7 @@ class KernelHolder:
     async def _tell(self, ending: Ending) -> None:
         """Tell the death over the kernel's own endpoints; where that fails, `poll` still reports it."""
         monitor = self._monitor
-        running = monitor.running if monitor is not None else []
+        running = monitor.running(ending.unsent) if monitor is not None else []
         unsent = remaining_output(ending.unsent, monitor.received if monitor is not None else set())
         try:
             directory = self._own_directory()

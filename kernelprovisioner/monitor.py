@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ class KernelMonitor:
         self._on_cell_end = on_cell_end
         self._running: OrderedDict[str, RunningCell] = OrderedDict()
         self._streams: OrderedDict[str, None] = OrderedDict()
+        self._ended: OrderedDict[str, None] = OrderedDict()
         wire.on_other = self._heard
 
     @classmethod
@@ -42,10 +43,19 @@ class KernelMonitor:
         wire = await KernelWire.connect(channels, key, timeout=timeout, names=("iopub",), topics=_TOPICS)
         return cls(wire, on_cell_end)
 
-    @property
-    def running(self) -> list[RunningCell]:
-        """The cells that have begun and not ended, the first one first."""
-        return list(self._running.values())
+    def running(self, unsent: Iterable[Mapping[str, Any]] = ()) -> list[RunningCell]:
+        """The cells that have begun and not ended, the first one first.
+
+        `unsent` are a dead kernel's last records: they name a cell whose `busy` was lost with the kernel.
+        """
+        cells = dict(self._running)
+        for record in unsent:
+            header = record.get("parent")
+            if isinstance(header, dict) and header.get("msg_type") == "execute_request":
+                msg_id = str(header.get("msg_id"))
+                if msg_id not in self._ended:
+                    cells.setdefault(msg_id, RunningCell(header))
+        return list(cells.values())
 
     @property
     def received(self) -> set[str]:
@@ -80,5 +90,9 @@ class KernelMonitor:
             self._running[message.parent_id] = RunningCell(message.parent_header)
             if len(self._running) > _MAX_RUNNING:
                 self._running.popitem(last=False)
-        elif state == "idle" and self._running.pop(message.parent_id, None) is not None:
+        elif state == "idle":
+            self._running.pop(message.parent_id, None)
+            self._ended[message.parent_id] = None
+            if len(self._ended) > _MAX_REMEMBERED:
+                self._ended.popitem(last=False)
             self._on_cell_end()

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import logging
 import os
 import signal
 import stat
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from kernelprovisioner.images import KernelImage
 from kernelprovisioner.launchers.base import Launched, Launcher, LaunchError, LaunchRequest
 from kernelprovisioner.sandbox_exit import ExitCause, SandboxExit
 from kernelprovisioner.supervisor import KernelExit, SupervisorClient, SupervisorError
+from kernelprovisioner.warming import prove, unless_ended
 from kernelprovisioner.wire import KernelWire, Message, WireError, first_of
 
 #: How long an engine's `oom` event may come after the kernel process was seen dead.
@@ -24,11 +26,12 @@ _OUT_OF_MEMORY_SECONDS = 1.5
 #: How long the news of a kernel's end may come after its channels closed.
 _NEWS_SECONDS = 2.0
 _CLAIM_SECONDS = 5.0
+#: An engine that is away is asked so often to remove a sandbox; after that the launcher's own reaping has to.
+_REMOVAL_ATTEMPTS = 10
+_REMOVAL_PAUSE_SECONDS = 1.0
 _LAST_USE_SECONDS = 10.0
-#: A kernel's first status messages get lost until its subscription stands, so the silent execute is tried again.
-_SILENT_EXECUTE_SECONDS = 1.0
 
-T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 
 class SandboxState(enum.StrEnum):
@@ -185,8 +188,7 @@ class Sandbox:
 
     async def _warm(self) -> None:
         """Until the kernel has answered and run one silent cell; then its directory loses its write bit."""
-        await self.wire.request("control", "kernel_info_request", {}, timeout=60.0)
-        await _silent_execute(self.wire)
+        await prove(self.wire)
         if self.launched.transport == "ipc":
             os.chmod(self.launched.directory, stat.S_IRUSR | stat.S_IXUSR | 0o055)
         self._move(SandboxState.WARM)
@@ -266,9 +268,12 @@ class Sandboxes:
             raise
 
     async def stop(self) -> None:
-        """Destroy every sandbox that lives, and stop the launcher."""
+        """Destroy every sandbox that lives and stop the launcher; what an engine that is away keeps is reaped later."""
         cause = SandboxExit(ExitCause.GATEWAY)
-        await asyncio.gather(*(sandbox.destroy(cause) for sandbox in self.live))
+        endings = (sandbox.destroy(cause) for sandbox in self.live)
+        for failure in await asyncio.gather(*endings, return_exceptions=True):
+            if failure is not None:
+                _log.warning("a sandbox could not be removed: %s", failure)
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.launcher.stop()
@@ -292,14 +297,14 @@ class Sandboxes:
         wire: KernelWire | None = None
         try:
             async with asyncio.timeout(timeout):
-                supervisor = await _unless_ended(
+                supervisor = await unless_ended(
                     SupervisorClient.connect(launched.supervisor, launched.token, timeout=timeout), ended
                 )
-                wire = await _unless_ended(
+                wire = await unless_ended(
                     KernelWire.connect(launched.channels, launched.key, timeout=timeout), ended, supervisor.exited
                 )
                 sandbox = Sandbox(launched, supervisor, wire, self)
-                await _unless_ended(sandbox._warm(), ended, supervisor.exited)
+                await unless_ended(sandbox._warm(), ended, supervisor.exited)
         except BaseException as error:
             if wire is not None:
                 await wire.close()
@@ -315,7 +320,16 @@ class Sandboxes:
         return sandbox
 
     async def _abandon(self, launched: Launched) -> None:
-        await self.launcher.destroy(launched)
+        """Remove what never became warm; as long as it may exist, whoever started it is told nothing, and it counts."""
+        for attempt in range(_REMOVAL_ATTEMPTS):
+            try:
+                await self.launcher.destroy(launched)
+                break
+            except LaunchError as error:
+                _log.warning(
+                    "sandbox %s could not be removed (attempt %d): %s", launched.sandbox_id, attempt + 1, error
+                )
+                await asyncio.sleep(_REMOVAL_PAUSE_SECONDS)
         ended = self._container_ended.pop(launched.sandbox_id, None)
         if ended is not None:
             ended.cancel()
@@ -324,67 +338,3 @@ class Sandboxes:
         ended = self._container_ended.get(sandbox_id)
         if ended is not None and not ended.done():
             ended.set_result(cause)
-
-
-async def _unless_ended(
-    work: Coroutine[Any, Any, T],
-    container_ended: asyncio.Future[SandboxExit],
-    kernel_ended: asyncio.Future[KernelExit] | None = None,
-) -> T:
-    """Return what `work` returns. Raises LaunchError as soon as the sandbox has ended instead."""
-    task = asyncio.ensure_future(work)
-    try:
-        await first_of(task, container_ended, *([kernel_ended] if kernel_ended is not None else []))
-        if task.done():
-            return task.result()
-        if container_ended.done():
-            ended = container_ended.result()
-            reason = ended.evidence.get("reason", "")
-            raise LaunchError(f"the sandbox ended before it was ready: {ended} {reason}".rstrip())
-        assert kernel_ended is not None
-        raise LaunchError(f"the kernel ended before it was ready: {_last_words(kernel_ended.result())}")
-    finally:
-        if not task.done():
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-
-
-def _last_words(kernel_exit: KernelExit) -> str:
-    how = f"exit code {kernel_exit.code}" if kernel_exit.signal is None else f"signal {kernel_exit.signal}"
-    text = "".join(record["text"] for record in kernel_exit.unsent if record["kind"] == "text").strip()
-    return f"{how}: {text[-2000:]}" if text else how
-
-
-async def _silent_execute(wire: KernelWire) -> None:
-    """Run one silent cell; returns once its reply and its idle status came, so that every channel is proved to work."""
-    content = {
-        "code": "pass",
-        "silent": True,
-        "store_history": False,
-        "user_expressions": {},
-        "allow_stdin": False,
-        "stop_on_error": True,
-    }
-    while True:
-        seen: set[str] = set()
-        complete = asyncio.Event()
-
-        def take(message: Message, seen: set[str] = seen, complete: asyncio.Event = complete) -> None:
-            if message.msg_type == "execute_reply":
-                seen.add("reply")
-            elif message.msg_type == "status" and message.content.get("execution_state") == "idle":
-                seen.add("idle")
-            if len(seen) == 2:
-                complete.set()
-
-        msg_id = wire.new_id()
-        wire.listen(msg_id, take)
-        try:
-            wire.send("shell", "execute_request", content, msg_id=msg_id)
-            async with asyncio.timeout(_SILENT_EXECUTE_SECONDS):
-                await complete.wait()
-        except TimeoutError:
-            continue
-        finally:
-            wire.unlisten(msg_id)
-        return

@@ -190,6 +190,7 @@ class SupervisorClient(asyncio.Protocol):
                 reply.set_exception(error)
         if not self._hello.done():
             self._hello.set_exception(error)
+            self._hello.exception()  # seen: whoever greeted may have gone already
         if not self.gone.done():
             self.gone.set_result(None)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import gc
 import inspect
 import os
@@ -167,9 +168,7 @@ class Leftovers:
 
     def check_containers(self, url: str) -> None:
         """Look for containers that the tests left; called while the engine still runs."""
-        for identity, text in _containers(url):
-            if identity not in self._containers:
-                self._problems.append(text)
+        self._problems.extend(text for identity, text in _containers(url) if identity not in self._containers)
 
     def problems(self) -> list[str]:
         """Return one line for each thing that is left, after a moment for what is just going."""
@@ -203,15 +202,28 @@ def _descriptors() -> dict[int, str]:
 
 
 def _containers(url: str) -> list[tuple[str, str]]:
-    """Id and description of each sandbox container in the engine at `url`."""
+    """Id and description of each sandbox in the engine at `url` that no living owner stands behind."""
     client = docker.DockerClient(base_url=url, timeout=30)
     try:
         return [
             (str(container.id), f"container {container.short_id} {container.name} ({container.status})")
             for container in client.containers.list(all=True, filters={"label": services.LABEL}, ignore_removed=True)
+            if not _is_locked(Path(container.labels.get("com.samovar.owner", "")) / "lock")
         ]
     finally:
         client.close()
+
+
+def _is_locked(path: Path) -> bool:
+    """Return whether another process holds this owner's lock: it works on an engine that several share."""
+    try:
+        with path.open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _runtime_directories() -> set[Path]:

@@ -38,6 +38,10 @@ class RunError(Exception):
         self.exit_code = exit_code
 
 
+class Interrupted(Exception):
+    """The run was ended by SIGINT or SIGTERM; its kernel is gone."""
+
+
 class NotebookRun(NotebookClient):
     """An nbclient that shows its progress and ends in order when it is interrupted."""
 
@@ -51,23 +55,34 @@ class NotebookRun(NotebookClient):
             on_cell_executed=self._cell_ended,
         )
         cells = sum(cell.cell_type == "code" and bool(cell.source.strip()) for cell in notebook.cells)
+        self._interrupted = False
         # disable=None: no bar where nobody looks at a terminal
         self._bar = tqdm(total=cells, unit="cell", desc="starting", disable=None, leave=False)
 
     async def async_start_new_kernel(self, **kwargs: Any) -> None:
         """Start the kernel; from here on an interrupt cancels the run, and nbclient's clean-up ends the kernel."""
         task = asyncio.current_task()
-        assert task is not None
+
+        def interrupt() -> None:
+            self._interrupted = True
+            assert task is not None
+            task.cancel()
+
         # nbclient's own handlers end the kernel under the running cell, which then fails with an unrelated error.
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, task.cancel)
+            loop.add_signal_handler(number, interrupt)
         await super().async_start_new_kernel(**kwargs)
 
     async def run(self) -> None:
-        """Execute all cells. Raises what nbclient raises, and CancelledError when interrupted."""
+        """Execute all cells. Raises what nbclient raises, and Interrupted."""
         try:
             await self.async_execute()
+        except (asyncio.CancelledError, Exception) as error:
+            # nbclient takes a cancelled cell for a dead kernel.
+            if self._interrupted:
+                raise Interrupted from error
+            raise
         finally:
             self._bar.close()
 
@@ -110,7 +125,7 @@ def _run(path: Path, output: Path | None) -> int:
     except CellExecutionError as error:
         print(f"samovar run: a cell of {path} failed:\n{_UNSAFE.sub('', str(error))}", file=sys.stderr)
         code = _CELL_FAILED
-    except (asyncio.CancelledError, KeyboardInterrupt):
+    except (Interrupted, KeyboardInterrupt):
         print("samovar run: interrupted.", file=sys.stderr)
         code = _INTERRUPTED
     except NoSuchKernel:

@@ -71,6 +71,8 @@ class SandboxKernelApp(IPKernelApp):
         if self._output is not None:
             # what start-up printed belongs to no cell
             self._output.discard()
+            self.iopub_thread.ready = True
+            self.iopub_thread.schedule(self.iopub_thread.pump)
 
     def init_profile_dir(self) -> None:
         """Use a profile that is not on disk: no start-up files, no configuration of whoever runs this."""

@@ -53,6 +53,8 @@ class SandboxKernel(IPythonKernel):
             session.send(stream, "samovar_claim_reply", content, parent, ident)
             return
         self._claim = claim
+        self.iopub_thread.flush()
+        self.iopub_thread.output.forget()
         self._notice = claim.notice
         self._hold = claim.hold
         session.key = claim.key

@@ -156,6 +156,11 @@ class OutputBuffer:
             self._consumed = self._produced
             self._ring.clear()
 
+    def forget(self) -> None:
+        """Have nothing told after a death of what was printed so far (before a claim)."""
+        with self._lock:
+            self._ring.clear()
+
     def take(self) -> list[Any] | None:
         """Return the frames of the next message, or None. The publisher calls it, one thread at a time."""
         self._told = _NOTHING

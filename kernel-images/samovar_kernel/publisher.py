@@ -52,6 +52,8 @@ class Publisher(IOPubThread):
 
     def __init__(self, socket: Any, session: Session, output: OutputBuffer) -> None:
         self.output = output
+        #: false while the kernel starts: nothing that start-up prints is for anybody
+        self.ready = False
         #: true while the main thread runs user code: a signal handler may raise anywhere in it, so it must not send
         self.user_code = False
         self._alarm = Alarm()
@@ -132,7 +134,7 @@ class Publisher(IOPubThread):
             finally:
                 self._send_lock.release()
             # what came in after the last look, from a thread that found the lock taken
-            if self.output.empty or self._stalled_since is not None:
+            if self.output.empty or self._stalled_since is not None or not self.ready:
                 return
 
     def stop(self) -> None:
@@ -148,7 +150,7 @@ class Publisher(IOPubThread):
             self._alarm.close()
 
     def _send_all(self) -> None:
-        if self.closed:
+        if self.closed or not self.ready:
             return
         while True:
             frames = self._unsent or self.output.take()

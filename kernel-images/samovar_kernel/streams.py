@@ -19,6 +19,9 @@ _FILE_DESCRIPTORS = {"stdout": 1, "stderr": 2}
 class SandboxStream(OutStream):
     """A text stream into the shared output. An `OutStream` by type, since libraries recognise a notebook by that."""
 
+    # on the class: io's own attribute of that name cannot be set
+    errors = "strict"
+
     def __init__(self, publisher: Publisher, name: str) -> None:
         # not OutStream.__init__: it would start a watcher thread and replace the file descriptor
         io.TextIOBase.__init__(self)
@@ -32,7 +35,6 @@ class SandboxStream(OutStream):
         self._exc = None
         self._parent_header: contextvars.ContextVar[Header] = contextvars.ContextVar("parent_header")
         self._parent_header_global: Header = {}
-        self.errors = "strict"
         self._buffer: _ByteStream | None = None
 
     @property

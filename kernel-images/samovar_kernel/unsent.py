@@ -67,6 +67,10 @@ class Ring:
         _HEAD.pack_into(self._map, _TAIL_AT, self._tail)
         _PARENT_LENGTH.pack_into(self._map, _PARENT_LENGTH_AT, 0)
 
+    def close(self) -> None:
+        """Give the mapping back; what was written stays in the memory file."""
+        self._map.close()
+
     def _append(self, kind: int, data: bytes) -> int:
         record = _RECORD.pack(len(data), kind) + data
         if len(record) > RING_SIZE // 4:
@@ -80,7 +84,7 @@ class Ring:
         if len(record) <= room:
             self._map[_HEADER_SIZE + position : _HEADER_SIZE + position + len(record)] = record
         else:
-            self._map[_HEADER_SIZE + position :] = record[:room]
+            self._map[_HEADER_SIZE + position : _HEADER_SIZE + RING_SIZE] = record[:room]
             self._map[_HEADER_SIZE : _HEADER_SIZE + len(record) - room] = record[room:]
         # last, so that a record which a death tore is never seen
         _HEAD.pack_into(self._map, 0, end)

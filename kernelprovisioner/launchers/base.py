@@ -96,7 +96,7 @@ class Launcher(abc.ABC):
     def was_out_of_memory(self, launched: Launched, within: float) -> bool:
         """Whether a process of the sandbox was killed at the memory limit in the last `within` seconds.
 
-        The kernel process may die of it while PID 1 lives on, and then no container ends; Sandbox asks here for the cause.
+        The kernel may die of it while PID 1 lives on, and then no container ends; Sandbox asks here for the cause.
         A process that died of it earlier (a child) says nothing about the kernel.
         """
 

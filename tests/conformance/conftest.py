@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 import docker
 import pytest
@@ -39,16 +40,28 @@ class Place:
     #: ids of all sandboxes' containers that the engine has created since the tests began
     created: set[str]
 
-    def warm_claims(self) -> int:
-        """How many claims the gateway has answered with a warm sandbox."""
+    def pool(self) -> dict[str, Any]:
+        """What the gateway says of its one pool."""
         assert self.gateway is not None
         [pool] = self.gateway.call("GET", "/metrics/pool").body["pool"].values()
-        return int(pool["claims"]["warm"])
+        return dict(pool)
+
+    def warm_claims(self) -> int:
+        """How many claims the gateway has answered with a warm sandbox."""
+        return int(self.pool()["claims"]["warm"])
+
+    def wait_until_warm(self) -> None:
+        """Wait until a warm sandbox can be claimed, where there is a gateway."""
+        deadline = time.monotonic() + 60
+        while self.gateway is not None and not self.pool()["warm"]:
+            assert time.monotonic() < deadline, self.gateway.log.read_text()[-3000:]
+            time.sleep(0.05)
 
     @contextlib.contextmanager
     def one_claim(self) -> Iterator[None]:
         """What happens inside must claim exactly one sandbox: a warm one of the gateway, where there is one."""
         before = self.warm_claims() if self.gateway is not None else 0
+        self.wait_until_warm()
         yield
         if self.gateway is not None:
             assert self.warm_claims() == before + 1, self.gateway.log.read_text()[-3000:]

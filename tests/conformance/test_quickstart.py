@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -71,19 +72,21 @@ def test_samovar_run(place: Place, path: Path) -> None:
 def test_samovar_run_shows_outputs_and_a_progress_bar(place: Place) -> None:
     nbformat.write(notebook(WHERE, "print('\\x1b[2Jé')", "6 * 7"), place.directory / "book.ipynb")
     leader, follower = pty.openpty()
+    termios.tcsetwinsize(follower, (24, 80))
     process = subprocess.Popen(
         [sys.executable, "-m", "gateway.cli", "run", "book.ipynb"],
         cwd=place.directory,
-        env=place.environment | {"TERM": "xterm", "COLUMNS": "80"},
+        env=place.environment | {"TERM": "xterm"},
         stdout=subprocess.PIPE,
         stderr=follower,
     )
-    os.close(follower)
     try:
         output = process.communicate(timeout=60)[0].decode()
+        os.set_blocking(leader, False)
         bar = os.read(leader, 1 << 16).decode()
     finally:
         os.close(leader)
+        os.close(follower)
     assert process.returncode == 0
     place.check_container(output)
     # What a cell prints may have colours, but does not talk to the terminal.

@@ -566,6 +566,20 @@ def test_no_session_is_lost_while_a_sandbox_is_coming() -> None:
     assert state.handle(Tick(), 0.0) == []
 
 
+def test_refill_leaves_the_place_to_who_waits_behind_another_of_its_owner() -> None:
+    state = make_state(minimum=1, maximum=2)
+    (start, spare) = of_kind(state.handle(ClaimAsked(1, "bob"), 0.0), Start)
+    state.handle(Started(start.sandbox), 0.0)
+    state.handle(ClaimSettled(1), 0.0)
+    state.handle(ClaimAsked(2, "ada"), 0.0)
+    state.handle(ClaimAsked(3, "ada", own=True), 0.0)
+    state.handle(Released(start.sandbox), 0.0)
+    assert state.handle(Removed(start.sandbox), 0.0) == [], "the free place is for the claim that is second"
+    give, own = state.handle(Started(spare.sandbox), 0.0)
+    assert isinstance(give, Give) and give.claim == 2
+    assert isinstance(own, Start) and own.claim == 3
+
+
 def test_a_warm_sandbox_is_kept_for_who_waits_behind_one_that_wants_its_own() -> None:
     state = make_state(minimum=1, maximum=2, concurrency=1)
     (start,) = of_kind(state.handle(Tick(), 0.0), Start)

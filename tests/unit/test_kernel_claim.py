@@ -1,0 +1,104 @@
+"""The claim: what a kernel takes over, what it refuses, and that nothing of its warm-up shows."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from samovar_kernel.claim import Claim, ClaimRefused
+
+from tests.unit.local_sandbox import LocalSandbox
+
+
+@pytest.mark.parametrize(
+    ("content", "field"),
+    [
+        ({}, "key"),
+        ({"key": 5}, "key"),
+        ({"key": "k", "env": ["a"]}, "env"),
+        ({"key": "k", "env": {"a": 1}}, "env"),
+        ({"key": "k", "env": {"a=b": "c"}}, "env"),
+        ({"key": "k", "env": {"a": "b\0"}}, "env"),
+        ({"key": "k", "cwd": 1}, "cwd"),
+        ({"key": "k", "hold_ms": -1}, "hold_ms"),
+        ({"key": "k", "hold_ms": "soon"}, "hold_ms"),
+    ],
+)
+def test_a_bad_claim_names_its_field(content: dict[str, Any], field: str) -> None:
+    with pytest.raises(ClaimRefused, match=f"^{field}"):
+        Claim.from_content(content)
+
+
+def test_a_claim_makes_a_kernel_personal(short_directory: Path) -> None:
+    below = short_directory / "below"
+    below.mkdir()
+    with LocalSandbox(short_directory, preload=["fractions"]) as sandbox:
+        sandbox.open()
+        sandbox.run("None", silent=True, store_history=False)
+        missing = sandbox.send("control", "samovar_claim_request", {"key": "k", "cwd": "/does/not/exist"})
+        refused = sandbox.receive("control", lambda message: message["parent_header"].get("msg_id") == missing)
+        assert refused["content"]["status"] == "error"
+
+        env = {"GREETING": "hi"}
+        reply = sandbox.claim(env=env, cwd=str(below), session_name="a.ipynb", notice="a notice", hold_ms=200)
+        assert reply == {"status": "ok"}
+        asked = time.monotonic()
+        first = sandbox.run("import os, sys; print(In, Out, _, [n for n in dir() if not n.startswith('_')])")
+        assert time.monotonic() - asked >= 0.2
+        assert first.text("stderr") == "a notice\n"
+        assert first.reply["execution_count"] == 1
+        inputs = "['', \"import os, sys; print(In, Out, _, [n for n in dir() if not n.startswith('_')])\"]"
+        names = "['In', 'Out', 'exit', 'get_ipython', 'open', 'os', 'quit', 'sys']"
+        assert first.text() == f"{inputs} {{}}  {names}\n"
+
+        second = sandbox.run("print(os.environ['GREETING'], os.getcwd(), __session__, 'fractions' in sys.modules)")
+        assert second.text() == f"hi {below} a.ipynb True\n"
+        assert second.text("stderr") == ""
+        assert (
+            sandbox.run("print([n for n in os.environ if 'SAMOVAR' in n], oct(os.umask(0o22)))").text() == "[] 0o22\n"
+        )
+        assert sandbox.claim(b"personal")["status"] == "error"
+
+
+def test_arguments_of_one_cell(short_directory: Path) -> None:
+    with LocalSandbox(short_directory) as sandbox:
+        sandbox.open()
+        arguments = {"samovar": {"argv": ["--fast", "a b"]}}
+        code = "import sys; print(sys.argv[1:])"
+        assert sandbox.run(code, metadata=arguments).text() == "['--fast', 'a b']\n"
+        assert sandbox.run(code).text() == "[]\n"
+
+
+def test_a_notebook_to_libraries_that_ask(short_directory: Path) -> None:
+    with LocalSandbox(short_directory) as sandbox:
+        sandbox.open()
+        code = "shell = get_ipython(); print(type(shell).__name__, 'IPKernelApp' in shell.config)"
+        assert sandbox.run(code).text() == "ZMQInteractiveShell True\n"
+
+
+def test_input_after_its_output(short_directory: Path) -> None:
+    with LocalSandbox(short_directory) as sandbox:
+        sandbox.open()
+        cell = sandbox.start_cell("print('before'); print(input('name? '))", allow_stdin=True)
+        sandbox.receive("iopub", lambda message: message["content"].get("text") == "before\n")
+        question = sandbox.receive("stdin", lambda message: message["msg_type"] == "input_request")
+        assert question["content"]["prompt"] == "name? "
+        sandbox.send("stdin", "input_reply", {"value": "answer"})
+        assert sandbox.finish_cell(cell).text() == "answer\n"
+
+
+def test_subshell_and_debugger_still_work(short_directory: Path) -> None:
+    with LocalSandbox(short_directory) as sandbox:
+        sandbox.open()
+        subshell = sandbox.ask("control", "create_subshell_request", {})["subshell_id"]
+        long = sandbox.start_cell("import time; time.sleep(1); print('long')")
+        message = sandbox.session.msg("execute_request", {"code": "print('short')"})
+        message["header"]["subshell_id"] = subshell
+        sandbox.session.send(sandbox.sockets["shell"], message)
+        done = sandbox.receive("shell", lambda reply: True)
+        assert done["parent_header"]["msg_id"] == message["header"]["msg_id"]
+        assert sandbox.finish_cell(long).text() == "long\n"
+        asked = {"type": "request", "seq": 1, "command": "debugInfo", "arguments": {}}
+        assert sandbox.ask("control", "debug_request", asked)["success"]
