@@ -32,7 +32,7 @@ CASES: dict[str, tuple[str, Bar | None]] = {
     "live": ("`POST /exec` in a live session", Bar(1.3)),
     "gateway": ("the gateway's own part of that", Bar(0.35)),
     "claim": ("claim of a warm sandbox, while the pool refills", Bar(0.6, 4.0)),
-    "first": ("new session to first result, warm", Bar(2.5)),
+    "first": ("new session to first result, from a full pool", Bar(2.5)),
 }
 
 

@@ -83,18 +83,18 @@ class SandboxKernel(IPythonKernel):
 
     def post_handler_hook(self) -> None:
         """No user code runs any more."""
+        super().post_handler_hook()
         if _in_main_thread():
             self.iopub_thread.user_code = False
-        super().post_handler_hook()
 
     async def execute_request(self, stream: Any, ident: Any, parent: dict[str, Any]) -> None:
         """Run a cell, with `sys.argv[1:]` of its own where its metadata says so."""
         self.iopub_thread.output.begin_cell(parent["header"])
         if _in_main_thread():
-            self.iopub_thread.user_code = False
             # from here to the reply an interrupt may raise in the cell's code only, else there would be no reply
             self._interrupted_early = False
             signal.signal(signal.SIGINT, self._note_interrupt)
+            self.iopub_thread.user_code = False
         argv = _cell_arguments(parent)
         if argv is None:
             await super().execute_request(stream, ident, parent)

@@ -54,7 +54,8 @@ class Publisher(IOPubThread):
         self.output = output
         #: false while the kernel starts: nothing that start-up prints is for anybody
         self.ready = False
-        #: true while the main thread runs user code: a signal handler may raise anywhere in it, so it must not send
+        #: true while the main thread runs user code: a signal handler may raise anywhere in it, so it must not send.
+        #: Whoever sets it to false sees to it first that an interrupt does not raise
         self.user_code = False
         self._alarm = Alarm()
         self._due: float | None = None
@@ -108,23 +109,30 @@ class Publisher(IOPubThread):
         self._read_some()
         if output.empty and self._unsent is None:
             return
-        if threading.get_ident() != self._main:
-            self.pump()
-        elif self.user_code and self.thread.is_alive():
+        if self.user_code and threading.get_ident() == self._main and self.thread.is_alive():
             self._arm_within(_HAND_OVER)
         else:
-            self._pump_undisturbed()
+            self.pump()
 
     def call_at_once(self, publish: Callable[..., Any], *args: Any) -> Any:
         """Call `publish` and return its result; what it publishes is sent at once and waits for no room.
 
         For what user code's end or question needs: a flood before it must not hold it up.
         """
-        previous, self.user_code = self.user_code, False
+        if threading.get_ident() != self._main or not self.user_code:
+            return publish(*args)
+        # an interrupt between two frames would tear the message: it is noted, and raised again when all is sent
+        previous = signal.signal(signal.SIGINT, self._note_interrupt)
+        self.user_code = False
         try:
             return publish(*args)
         finally:
-            self.user_code = previous
+            self.user_code = True
+            if previous is not None:
+                signal.signal(signal.SIGINT, previous)
+            if self._interrupted:
+                self._interrupted = False
+                os.kill(os.getpid(), signal.SIGINT)
 
     def pump(self) -> None:
         """Send all that waits. One thread at a time: another one's messages are sent by the one that is inside."""
@@ -198,18 +206,6 @@ class Publisher(IOPubThread):
             self.output.put(self.session.serialize(message, topic.encode() if topic else None))
             found = True
         return found
-
-    def _pump_undisturbed(self) -> None:
-        # an interrupt between two frames would tear the message: it is noted, and raised again when all is sent
-        previous = signal.signal(signal.SIGINT, self._note_interrupt)
-        try:
-            self.pump()
-        finally:
-            if previous is not None:
-                signal.signal(signal.SIGINT, previous)
-            if self._interrupted:
-                self._interrupted = False
-                os.kill(os.getpid(), signal.SIGINT)
 
     def _note_interrupt(self, *_: Any) -> None:
         self._interrupted = True
