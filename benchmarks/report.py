@@ -33,6 +33,7 @@ CASES: dict[str, tuple[str, Bar | None]] = {
     "gateway": ("the gateway's own part of that", Bar(0.35)),
     "claim": ("claim of a warm sandbox, while the pool refills", Bar(0.6, 4.0)),
     "first": ("new session to first result, from a full pool", Bar(2.5)),
+    "first_refilling": ("the same, while the pool refills", None),
 }
 
 

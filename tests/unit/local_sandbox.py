@@ -140,7 +140,10 @@ class LocalSandbox:
                 self.sockets[name].subscribe(b"")
             else:
                 self.sockets[name].identity = b"client"
+            connected = self.sockets[name].get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
             self.sockets[name].connect(f"ipc://{self.runtime}/k-{number}")
+            assert connected.poll(int(_START_DEADLINE * 1000)), f"cannot connect to {name}"
+            self.sockets[name].disable_monitor()
         self.receive("iopub", lambda message: message["msg_type"] == "iopub_welcome")
         self.ask("shell", "kernel_info_request", {})
 
