@@ -16,7 +16,7 @@ help:  ## show this list
 run: $(VENV)/.installed-run  ## start the gateway and run a first cell through it
 	@$(BIN)/samovar serve --first-cell $(ARGS)
 
-test: $(VENV)/.installed-test  ## all tests, with an own container engine (ARGS="-k word" selects)
+test: lint  ## lint, then all tests, with an own container engine (ARGS="-k word" selects)
 	@$(BIN)/python -m tests.services $(BIN)/python -m pytest $(ARGS)
 
 unit: $(VENV)/.installed-test  ## the tests that need no service, in under two minutes
