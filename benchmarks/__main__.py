@@ -135,7 +135,7 @@ def claimed_kernel(gateway: GatewayProcess, directory: Path) -> Iterator[dict[st
         manager.shutdown_kernel(now=True)
 
 
-def versions(engine: str) -> dict[str, Any]:
+def versions(engine: str, load: float) -> dict[str, Any]:
     """What the numbers depend on."""
     packages = {name: version(name) for name in ("ipykernel", "jupyter_client", "pyzmq", "tornado", "samovar")}
     return {
@@ -143,6 +143,7 @@ def versions(engine: str) -> dict[str, Any]:
         "engine": engine,
         "linux": platform.release(),
         "cpus": os.cpu_count(),
+        "load_before": round(load, 2),
         **packages,
     }
 
@@ -158,6 +159,8 @@ def main() -> int:
         print(f"No container engine: set {URL_VARIABLE}, or use `make bench`.", file=sys.stderr)
         return 69
     samples: Samples = {}
+    # Who else used the machine: the numbers of a busy one are worse.
+    load = os.getloadavg()[0]
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sv-", dir="/tmp")))
         bounds = {"CONTAINER_POOL_PY_MIN": str(POOL_SIZE), "CONTAINER_POOL_PY_MAX": "8", "LOG_LEVEL": "WARNING"}
@@ -176,7 +179,7 @@ def main() -> int:
             rest.wait_for_warm(POOL_SIZE)
             samples |= measure_live(rest, stock, sandbox, arguments.rounds)
         samples |= measure_new(rest, stock, arguments.sessions)
-        found = versions(stock_kernel.engine_version)
+        found = versions(stock_kernel.engine_version, load)
     results = [result(case, samples[case], samples.get(f"bare beside {case}", samples["bare"])) for case in CASES]
     write(results, samples, found)
     print(table({"versions": found, "results": [vars(row) for row in results]}))

@@ -98,9 +98,10 @@ def table(document: Mapping[str, Any]) -> str:
             ratio += f" (p99 {row['ratio_p99']:.2f})"
         lines.append(f"| {what} | {row['p50_ms']:.2f} ms | {row['p99_ms']:.2f} ms | {ratio} | {bar} |")
     versions = document["versions"]
+    load = f", load average {versions['load_before']:g} before" if "load_before" in versions else ""
     lines += [
         "",
-        f"{versions['cpus']} cores, Docker {versions['engine']}, Python {versions['python']}, "
+        f"{versions['cpus']} cores{load}, Docker {versions['engine']}, Python {versions['python']}, "
         f"ipykernel {versions['ipykernel']}, pyzmq {versions['pyzmq']}. An absolute time says little on another "
         "machine; the ratio to a bare round trip, measured interleaved in the same run, does. "
         "The cell is `print(1)`; raw samples are in `benchmarks/samples.json`.",

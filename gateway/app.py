@@ -24,6 +24,7 @@ from gateway.settings import (
     SandboxLimits,
     bad_trait,
     check_names,
+    default_data_directory,
     environment_config,
     file_config,
 )
@@ -55,7 +56,9 @@ class GatewayApp(Application):
         "an engine answers, else processes.",
     ).tag(config=True)
     images = List(Unicode(), help="Names of the kernel images to serve; empty: all.").tag(config=True)
-    data_dir = Unicode(help="Directory of all that is kept on disk.").tag(config=True)
+    data_dir = Unicode(
+        help="Directory of all that is kept on disk; by default `samovar` in $XDG_DATA_HOME or ~/.local/share."
+    ).tag(config=True)
     runtime_dir = Unicode(help="Directory of sockets; empty: /run/samovar, or the user's runtime directory.").tag(
         config=True
     )
@@ -83,8 +86,7 @@ class GatewayApp(Application):
 
     @default("data_dir")
     def _default_data_dir(self) -> str:
-        home = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
-        return str(Path(home) / "samovar")
+        return str(default_data_directory(os.environ))
 
     @default("log_level")
     def _default_log_level(self) -> int:

@@ -16,6 +16,7 @@ from gateway.errors import ExitCode, StartError
 from kernelprovisioner.build_error import BuildError
 from kernelprovisioner.image_builder import BuiltImage, ImageBuilder
 from kernelprovisioner.images import KernelImage
+from kernelprovisioner.launchers.docker_engine import ENGINE_ERRORS, explain
 
 _CALL_SECONDS = 10
 T = TypeVar("T")
@@ -45,6 +46,10 @@ class ContainerImages:
         except BuildError as error:
             raise StartError(
                 f"The container image {image.tag} is missing and cannot be built: {error}", ExitCode.NO_IMAGE
+            ) from None
+        except ENGINE_ERRORS as error:
+            raise StartError(
+                f"The container engine at {self._url} does not answer any more: {explain(error)}.", ExitCode.NO_ENGINE
             ) from None
 
     async def engine(self) -> dict[str, Any]:

@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gateway.outputs import CellError, OutputCollector, cell_error
+import msgspec
+
+from gateway.outputs import CellError, ErrorContent, OutputCollector, cell_error
 from kernelprovisioner.sandbox import Sandbox
 from kernelprovisioner.sandbox_exit import ExitCause, SandboxExit
 from kernelprovisioner.supervisor import SupervisorError, remaining_output
@@ -154,6 +156,15 @@ async def _died(sandbox: Sandbox, run: _Run, fallback: SandboxExit) -> CellResul
     return run.result(Status.DIED, ExitNote(cause.cause, str(cause), cause))
 
 
+class _StatusContent(msgspec.Struct):
+    execution_state: str
+
+
+class _ReplyContent(ErrorContent):
+    status: str = ""
+    execution_count: int | None = None
+
+
 class _Run:
     """What is known of a running cell; fed by the wire, so nothing here may raise or wait."""
 
@@ -172,25 +183,28 @@ class _Run:
             if message.channel == "iopub":
                 self._take_output(message)
             elif message.channel == "shell" and message.msg_type == "execute_reply":
-                self._take_reply(message.content)
-        except (WireError, RecursionError, ValueError) as error:
+                self._take_reply(message)
+        except WireError as error:
             _log.debug("message of a cell dropped: %s", error)
         if self._idle and self.replied and not self.finished.done():
             self.finished.set_result(None)
 
     def _take_output(self, message: Message) -> None:
         if message.msg_type == "status":
-            self._idle = self._idle or message.content.get("execution_state") == "idle"
+            self._idle = self._idle or message.content_as(_StatusContent).execution_state == "idle"
         else:
             self.outputs.take(message)
 
-    def _take_reply(self, content: dict[str, Any]) -> None:
+    def _take_reply(self, message: Message) -> None:
         self.replied = True
-        count = content.get("execution_count")
-        self._execution_count = count if isinstance(count, int) and not isinstance(count, bool) else None
-        if content.get("status") == "error":
+        try:
+            content = message.content_as(_ReplyContent)
+        except WireError:
+            content = _ReplyContent()
+        self._execution_count = content.execution_count
+        if content.status == "error":
             self._status, self._error = Status.ERROR, cell_error(content)
-        elif content.get("status") != "ok":
+        elif content.status != "ok":
             self._status = Status.ERROR
             self._error = CellError("Aborted", "The kernel did not run the cell.", ())
 

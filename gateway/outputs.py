@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import re
 from collections import deque
 from dataclasses import dataclass
@@ -11,10 +12,18 @@ from typing import Any
 
 import msgspec
 
-from kernelprovisioner.wire import Message
+from kernelprovisioner.wire import Message, WireError
 
 _ERROR_RESERVE = 64 * 1024
+_MAX_TRACEBACK_LINES = 1000
+#: Marks that a traceback's JSON may have: each pair of them is a string, which costs its reader some 60 bytes more.
+_MAX_TRACEBACK_QUOTES = 200_000
 _REMEMBERED_STREAM_MESSAGES = 4096
+#: Message and display ids that are longer are not remembered: what is kept of a message is bounded, too.
+_MAX_ID = 256
+#: What an output costs beside its data and metadata.
+_BUNDLE_BYTES = 100
+_log = logging.getLogger(__name__)
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 
 
@@ -43,11 +52,63 @@ class _Stream:
 
 @dataclass
 class _Bundle:
-    """A display_data, execute_result or error, encoded as it will be answered: its size is then what it costs."""
+    """A display_data, execute_result or error; `fields` are JSON already, so their size is what they cost."""
 
     kind: str
-    encoded: bytes
+    fields: dict[str, bytes]
+
+    @property
+    def size(self) -> int:
+        return _BUNDLE_BYTES + sum(map(len, self.fields.values()))
+
+
+class ErrorContent(msgspec.Struct):
+    """What is read of an error message and of an error reply."""
+
+    ename: str = ""
+    evalue: str = ""
+    traceback: msgspec.Raw = msgspec.Raw(b"[]")
+
+    @property
+    def lines(self) -> list[str]:
+        """The traceback; one line in its place where it is no list of strings, or one of too many."""
+        if bytes(self.traceback).count(b'"') > _MAX_TRACEBACK_QUOTES:
+            return ["[samovar: the traceback was cut: it has too many lines]"]
+        try:
+            return msgspec.json.decode(self.traceback, type=list[str])
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return []
+
+
+class _StreamContent(msgspec.Struct):
+    name: str
+    text: str
+
+
+class _Transient(msgspec.Struct):
     display_id: str | None = None
+
+
+class _DisplayContent(msgspec.Struct):
+    """Data and metadata are passed on as they came: nobody here needs the objects that they describe."""
+
+    data: msgspec.Raw
+    metadata: msgspec.Raw = msgspec.Raw(b"{}")
+    transient: _Transient | None = None
+    execution_count: int | None = None
+
+    @property
+    def display_id(self) -> str | None:
+        display_id = self.transient.display_id if self.transient is not None else None
+        return display_id if display_id is not None and len(display_id) <= _MAX_ID else None
+
+
+class _ClearContent(msgspec.Struct):
+    wait: bool = False
+
+
+class _PlainData(msgspec.Struct):
+    text: str | None = msgspec.field(name="text/plain", default=None)
 
 
 class OutputCollector:
@@ -61,6 +122,7 @@ class OutputCollector:
         self._max_bytes = max_bytes
         self._max_outputs = max_outputs
         self._outputs: list[_Stream | _Bundle] = []
+        self._displays: dict[str, list[_Bundle]] = {}
         self._used = 0
         self._cut_outputs = 0
         self._clear_next = False
@@ -74,27 +136,34 @@ class OutputCollector:
         return set(self._stream_ids)
 
     def take(self, message: Message) -> None:
-        """Take in one iopub message. Raises WireError, RecursionError or ValueError where it makes no sense."""
-        content = message.content
+        """Take in one iopub message."""
+        try:
+            self._take(message)
+        except WireError as error:
+            _log.debug("output left out: %s", error)
+
+    def _take(self, message: Message) -> None:
         match message.msg_type:
             case "stream":
-                self._stream_ids.append(message.msg_id)
-                self.write(content.get("name"), content.get("text"))
+                if len(message.msg_id) <= _MAX_ID:
+                    self._stream_ids.append(message.msg_id)
+                stream = message.content_as(_StreamContent)
+                self.write(stream.name, stream.text)
             case "display_data" | "execute_result":
-                self._take_bundle(message.msg_type, content)
+                self._take_display(message.msg_type, message.content_as(_DisplayContent))
             case "update_display_data":
-                self._update(content)
+                self._update(message.content_as(_DisplayContent))
             case "error":
-                self._take_error(content)
+                self._take_error(message)
             case "clear_output":
-                if content.get("wait"):
+                if message.content_as(_ClearContent).wait:
                     self._clear_next = True
                 else:
                     self._clear()
 
-    def write(self, name: object, text: object) -> None:
+    def write(self, name: str, text: str) -> None:
         """Add `text` to a stream ("stdout" or "stderr"); text after text of the same stream is one output."""
-        if name not in ("stdout", "stderr") or not isinstance(text, str) or not isinstance(name, str) or not text:
+        if name not in ("stdout", "stderr") or not text:
             return
         whole = self._written[name]
         whole.cut += _append(whole, text, self._max_bytes - whole.size)
@@ -114,12 +183,13 @@ class OutputCollector:
         """All that was written to a stream, with the notice of what was cut."""
         return _text(self._written[name], self._max_bytes)
 
-    def outputs(self) -> list[dict[str, Any] | msgspec.Raw]:
+    def outputs(self) -> list[dict[str, Any]]:
         """The outputs as nbformat has them, ready for the JSON encoder; last the notice of outputs that were cut."""
-        listed: list[dict[str, Any] | msgspec.Raw] = []
+        listed: list[dict[str, Any]] = []
         for output in self._outputs:
             if isinstance(output, _Bundle):
-                listed.append(msgspec.Raw(output.encoded))
+                fields = {name: msgspec.Raw(encoded) for name, encoded in output.fields.items()}
+                listed.append({"output_type": output.kind, **fields})
             else:
                 listed.append(_stream_output(output.name, _text(output, self._max_bytes)))
         if self._cut_outputs:
@@ -131,53 +201,53 @@ class OutputCollector:
     def _limits(self) -> str:
         return f"the limits are {_size(self._max_bytes)} and {self._max_outputs} outputs"
 
-    def _take_bundle(self, kind: str, content: dict[str, Any]) -> None:
-        data, metadata = content.get("data"), content.get("metadata")
-        if not isinstance(data, dict):
+    def _take_display(self, kind: str, content: _DisplayContent) -> None:
+        if not _is_object(content.data):
             return
-        output: dict[str, Any] = {"output_type": kind, "data": data, "metadata": _dict(metadata)}
+        fields = _display_fields(content)
         if kind == "execute_result":
-            output["execution_count"] = _count(content.get("execution_count"))
-            plain = data.get("text/plain")
-            self.result_text = _head(plain, self._max_bytes)[0] if isinstance(plain, str) else self.result_text
+            fields["execution_count"] = to_json(content.execution_count)
+            plain = _plain_text(content.data)
+            self.result_text = self.result_text if plain is None else _head(plain, self._max_bytes)[0]
         self._clear_if_due()
-        self._add(_Bundle(kind, to_json(output), _display_id(content)))
+        bundle = _Bundle(kind, fields)
+        if self._add(bundle) and content.display_id is not None:
+            self._displays.setdefault(content.display_id, []).append(bundle)
 
-    def _take_error(self, content: dict[str, Any]) -> None:
+    def _take_error(self, message: Message) -> None:
+        try:
+            content = message.content_as(ErrorContent)
+        except WireError:
+            # That the cell failed is told in any case.
+            content = ErrorContent()
         error = cell_error(content)
         self._clear_if_due()
-        output = {
-            "output_type": "error",
-            "ename": error.ename,
-            "evalue": error.evalue,
-            "traceback": list(error.traceback),
-        }
+        output = {"ename": error.ename, "evalue": error.evalue, "traceback": list(error.traceback)}
         # Its size is bounded by cell_error: why a cell failed is kept, however much it printed before.
-        self._add(_Bundle("error", to_json(output)), reserve=2 * _ERROR_RESERVE)
+        self._add(_Bundle("error", {name: to_json(value) for name, value in output.items()}), 2 * _ERROR_RESERVE)
 
-    def _add(self, bundle: _Bundle, reserve: int = 0) -> None:
+    def _add(self, bundle: _Bundle, reserve: int = 0) -> bool:
         limit = self._max_outputs + (1 if reserve else 0)
-        if len(self._outputs) >= limit or self._used + len(bundle.encoded) > self._max_bytes + reserve:
+        if len(self._outputs) >= limit or self._used + bundle.size > self._max_bytes + reserve:
+            self._cut_outputs += 1
+            return False
+        self._outputs.append(bundle)
+        self._used += bundle.size
+        return True
+
+    def _update(self, content: _DisplayContent) -> None:
+        shown = self._displays.get(content.display_id or "", [])
+        if not shown or not _is_object(content.data):
+            return
+        fields = _display_fields(content)
+        added = sum(map(len, fields.values())) * len(shown)
+        added -= sum(len(bundle.fields["data"]) + len(bundle.fields["metadata"]) for bundle in shown)
+        if self._used + added > self._max_bytes:
             self._cut_outputs += 1
             return
-        self._outputs.append(bundle)
-        self._used += len(bundle.encoded)
-
-    def _update(self, content: dict[str, Any]) -> None:
-        display_id, data = _display_id(content), content.get("data")
-        if display_id is None or not isinstance(data, dict):
-            return
-        for output in self._outputs:
-            if not isinstance(output, _Bundle) or output.display_id != display_id:
-                continue
-            updated = msgspec.json.decode(output.encoded)
-            updated["data"], updated["metadata"] = data, _dict(content.get("metadata"))
-            encoded = to_json(updated)
-            if self._used + len(encoded) - len(output.encoded) > self._max_bytes:
-                self._cut_outputs += 1
-                continue
-            self._used += len(encoded) - len(output.encoded)
-            output.encoded = encoded
+        self._used += added
+        for bundle in shown:
+            bundle.fields.update(fields)
 
     def _clear_if_due(self) -> None:
         if self._clear_next:
@@ -185,25 +255,24 @@ class OutputCollector:
 
     def _clear(self) -> None:
         self._outputs.clear()
+        self._displays.clear()
         self._used = 0
         self._cut_outputs = 0
         self._clear_next = False
 
 
-def cell_error(content: dict[str, Any]) -> CellError:
+def cell_error(content: ErrorContent) -> CellError:
     """The exception of an error message or an error reply, cut to some 64 KiB."""
-    frames = content.get("traceback")
-    lines = [line for line in frames if isinstance(line, str)] if isinstance(frames, list) else []
     kept: deque[str] = deque()
     room = _ERROR_RESERVE // 2
     # The end of a traceback tells the most: it is kept, the beginning is cut.
-    for line in reversed(lines):
-        if room <= 0:
+    for line in reversed(content.lines):
+        if room <= 0 or len(kept) >= _MAX_TRACEBACK_LINES:
             kept.appendleft("[samovar: the beginning of the traceback was cut]")
             break
         kept.appendleft(_short(line, max(room, 200)))
         room -= len(kept[0])
-    return CellError(_short(content.get("ename"), 500), _short(content.get("evalue"), 8000), tuple(kept))
+    return CellError(_short(content.ename, 500), _short(content.evalue, 8000), tuple(kept))
 
 
 def to_json(value: object) -> bytes:
@@ -271,19 +340,20 @@ def _size(count: int) -> str:
     return f"{count} bytes"
 
 
-def _short(value: object, limit: int) -> str:
-    text = value if isinstance(value, str) else ""
+def _short(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[:limit]} … [samovar: {len(text) - limit} more characters were cut]"
 
 
-def _dict(value: object) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
+def _is_object(raw: msgspec.Raw) -> bool:
+    return bytes(memoryview(raw)[:1]) == b"{"
 
 
-def _count(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+def _display_fields(content: _DisplayContent) -> dict[str, bytes]:
+    return {"data": bytes(content.data), "metadata": bytes(content.metadata) if _is_object(content.metadata) else b"{}"}
 
 
-def _display_id(content: dict[str, Any]) -> str | None:
-    display_id = _dict(content.get("transient")).get("display_id")
-    return display_id if isinstance(display_id, str) else None
+def _plain_text(data: msgspec.Raw) -> str | None:
+    try:
+        return msgspec.json.decode(data, type=_PlainData).text
+    except msgspec.ValidationError:
+        return None

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import logging
 import os
+import resource
 import socket
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tornado.httpserver import HTTPServer
+from tornado.iostream import IOStream
 from tornado.netutil import bind_sockets
 from traitlets.config import Configurable
 
@@ -37,9 +39,30 @@ from kernelprovisioner.sandbox import Sandboxes
 
 _MAX_BODY_BYTES = 8 * 1024 * 1024
 _BODY_SECONDS = 30.0
+#: How long a connection may be silent between two requests, or take for the head of one.
+_IDLE_SECONDS = 120.0
+_MAX_CONNECTIONS = 1000
+#: Descriptors that are kept for the rest: sandboxes, the engine, files.
+_RESERVED_DESCRIPTORS = 512
 #: After the drain: how long the last answers (their sandboxes are gone) may take to be sent.
 _LAST_ANSWERS_SECONDS = 5.0
 _log = logging.getLogger(__name__)
+
+
+class _BoundedServer(HTTPServer):
+    """Hangs up on a connection that is one too many, so that those there, sandboxes and engine keep descriptors."""
+
+    max_connections = _MAX_CONNECTIONS
+    _full = False
+
+    def handle_stream(self, stream: IOStream, address: Any) -> None:
+        full, self._full = self._full, len(self._connections) >= self.max_connections
+        if not self._full:
+            super().handle_stream(stream, address)
+            return
+        stream.close()
+        if not full:
+            _log.warning("%d connections are open: more are refused", len(self._connections))
 
 
 @dataclass(frozen=True)
@@ -97,7 +120,9 @@ class Gateway:
         self.key = _prepare_data(settings)
         execution = ExecutionSettings(parent=self._parent)
         pool_settings = PoolSettings(parent=self._parent)
-        self.images = _chosen_images(settings.images, SandboxLimits(parent=self._parent))
+        there = _read_images()
+        pool_settings.check_names(there)
+        self.images = _chosen_images(there, settings.images, SandboxLimits(parent=self._parent))
         bounds = {name: pool_settings.of(image) for name, image in self.images.items()}
         sockets = _bind(settings.host, settings.port)
         for each in sockets:
@@ -147,12 +172,14 @@ class Gateway:
         return claims
 
     def _serve_http(self, services: Services, claims: ClaimServer, sockets: list[socket.socket]) -> None:
-        server = HTTPServer(
+        server = _BoundedServer(
             make_application(services),
             max_body_size=_MAX_BODY_BYTES,
             max_buffer_size=_MAX_BODY_BYTES + 64 * 1024,
             body_timeout=_BODY_SECONDS,
+            idle_connection_timeout=_IDLE_SECONDS,
         )
+        server.max_connections = _room_for_connections()
         server.add_sockets(sockets)
         self._stack.push_async_callback(self._drain, server, services, claims)
 
@@ -164,6 +191,7 @@ class Gateway:
         await claims.stop()
         await asyncio.gather(*(pool.stop() for pool in self.pools.values()))
         await services.sessions.drain(_LAST_ANSWERS_SECONDS, asyncio.Event())
+        await services.answers.taken(_LAST_ANSWERS_SECONDS)
         await server.close_all_connections()
 
     def _checks(self, images: ContainerImages | None) -> dict[str, Check]:
@@ -221,16 +249,33 @@ def _open_runtime(directory: Path | None) -> RuntimeRoot:
         raise StartError(f"The gateway cannot start: {error}.", ExitCode.UNWRITABLE) from None
 
 
-def _chosen_images(names: tuple[str, ...], limits: SandboxLimits) -> dict[str, KernelImage]:
+def _read_images() -> dict[str, KernelImage]:
     try:
-        there = read_images()
+        return read_images()
     except ImageError as error:
         raise StartError(f"Bad configuration: {error}", ExitCode.CONFIGURATION) from None
+
+
+def _chosen_images(
+    there: dict[str, KernelImage], names: tuple[str, ...], limits: SandboxLimits
+) -> dict[str, KernelImage]:
     for name in names:
         if name not in there:
             listed = ", ".join(there) or "none"
             raise StartError(f"There is no kernel image {name!r}; there is: {listed}.", ExitCode.NO_IMAGE)
     return {name: limits.applied_to(image) for name, image in there.items() if not names or name in names}
+
+
+def _room_for_connections() -> int:
+    """Raise the limit of open files as far as we may; return how many connections that leaves room for."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MAX_CONNECTIONS + 2 * _RESERVED_DESCRIPTORS
+    limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+        soft = limit
+    free = _MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else soft - _RESERVED_DESCRIPTORS
+    return max(16, min(_MAX_CONNECTIONS, free))
 
 
 def _bind(host: str, port: int) -> list[socket.socket]:

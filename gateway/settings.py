@@ -42,6 +42,12 @@ _IMAGE_BOUNDS = {
 }
 
 
+def default_data_directory(environ: Mapping[str, str]) -> Path:
+    """Where data is kept if nothing else is said: `samovar` in the user's directory for data."""
+    home = environ.get("XDG_DATA_HOME")
+    return (Path(home) if home else Path.home() / ".local" / "share") / "samovar"
+
+
 class PoolSettings(Configurable):
     """How many sandboxes are kept. What is not set here, each kernel image's image.toml says."""
 
@@ -55,9 +61,16 @@ class PoolSettings(Configurable):
         config=True
     )
     line_bound = Integer(
-        None, min=0, allow_none=True, help="Requests that may wait for a sandbox; default: 4 times the maximum."
+        None, min=1, allow_none=True, help="Requests that may wait for a sandbox; default: 4 times the maximum."
     ).tag(config=True)
     line_timeout = Float(120.0, min=0.1, help="Seconds that a request may wait for a sandbox.").tag(config=True)
+
+    def check_names(self, images: Iterable[str]) -> None:
+        """Raise StartError where `bounds` names a kernel image that is not among `images`."""
+        known = list(images)
+        for name in self.bounds:
+            if name not in known:
+                raise _bad(f"PoolSettings.bounds: there is no kernel image {name!r}{_nearest(name, known)}")
 
     def of(self, image: KernelImage) -> PoolBounds:
         """The bounds of one image's pool. Raises StartError where they make no sense."""
@@ -83,10 +96,14 @@ class SandboxLimits(Configurable):
     """What the operating system enforces on each sandbox. What is not set here, each kernel image's image.toml says."""
 
     memory_mb = Integer(
-        None, min=64, allow_none=True, help="Memory in MiB; what the in-memory work directory may hold comes on top."
+        None,
+        min=64,
+        max=1 << 20,
+        allow_none=True,
+        help="Memory in MiB; what the in-memory work directory may hold comes on top.",
     ).tag(config=True)
-    cpus = Float(None, min=0.05, allow_none=True, help="CPU cores.").tag(config=True)
-    pids = Integer(None, min=16, allow_none=True, help="Processes and threads.").tag(config=True)
+    cpus = Float(None, min=0.05, max=1024, allow_none=True, help="CPU cores.").tag(config=True)
+    pids = Integer(None, min=8, max=1 << 16, allow_none=True, help="Processes and threads.").tag(config=True)
 
     def applied_to(self, image: KernelImage) -> KernelImage:
         """The image with these limits."""
@@ -105,7 +122,10 @@ class ExecutionSettings(Configurable):
         5.0, min=0.1, help="Seconds that an interrupted cell has to end before its sandbox is killed."
     ).tag(config=True)
     max_output_mb = Float(
-        8.0, min=0.01, help="Most output of one cell in MiB, and most text of each of its streams; the rest is cut."
+        8.0,
+        min=0.01,
+        max=1024,
+        help="Most output of one cell in MiB, and most text of each of its streams; the rest is cut.",
     ).tag(config=True)
     max_outputs = Integer(1000, min=1, help="Most outputs of one cell; the rest is cut.").tag(config=True)
 

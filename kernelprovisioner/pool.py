@@ -80,11 +80,10 @@ class PoolStopped(PoolError):
 
 @dataclass(frozen=True, slots=True)
 class PoolClaim:
-    """A sandbox that is personal now, where it came from, and how long the whole claim took."""
+    """A sandbox that is personal now, and where it came from."""
 
     sandbox: Sandbox
     source: Source
-    waited_ms: float
 
 
 @dataclass(slots=True)
@@ -167,7 +166,6 @@ class SandboxPool:
 
         Raises PoolFull, ClaimTimeout after `timeout` seconds, PoolStopped, and LaunchError where none can be started.
         """
-        asked = self._now()
         number = next(self._numbers)
         waiting = self._waiting[number] = _Waiting(asyncio.get_running_loop().create_future(), mount)
         try:
@@ -183,7 +181,7 @@ class SandboxPool:
             self._handle(ClaimAbandoned(number))
             del self._waiting[number]
         self._claims[source] += 1
-        return PoolClaim(sandbox, source, (self._now() - asked) * 1000)
+        return PoolClaim(sandbox, source)
 
     async def release(self, sandbox: Sandbox, cause: SandboxExit) -> None:
         """Destroy a sandbox; `cause` is what its `exited` tells. Returns once removal is confirmed, or after 30 s.

@@ -17,7 +17,7 @@ from kernelprovisioner.launchers.base import Launched, Launcher, LaunchError, La
 from kernelprovisioner.sandbox_exit import ExitCause, SandboxExit
 from kernelprovisioner.supervisor import KernelExit, SupervisorClient, SupervisorError
 from kernelprovisioner.warming import prove, unless_ended
-from kernelprovisioner.wire import KernelWire, Message, WireError, first_of
+from kernelprovisioner.wire import KernelWire, Message, Unfinished, WireError, first_of
 
 #: How long an engine's `oom` event may come after the kernel process was seen dead.
 _EVIDENCE_SECONDS = 0.5
@@ -228,7 +228,7 @@ class Sandbox:
         except SupervisorError:
             return evidence
         peak = stats.get("memory_peak")
-        if isinstance(peak, int):
+        if isinstance(peak, int) and 0 < peak < 2**50:
             evidence["peak_mb"] = round(peak / 2**20)
         return evidence
 
@@ -240,6 +240,7 @@ class Sandboxes:
         self.launcher = launcher
         self._container_ended: dict[str, asyncio.Future[SandboxExit]] = {}
         self._live: dict[str, Sandbox] = {}
+        self._unfinished = Unfinished()
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -300,9 +301,10 @@ class Sandboxes:
                 supervisor = await unless_ended(
                     SupervisorClient.connect(launched.supervisor, launched.token, timeout=timeout), ended
                 )
-                wire = await unless_ended(
-                    KernelWire.connect(launched.channels, launched.key, timeout=timeout), ended, supervisor.exited
+                connecting = KernelWire.connect(
+                    launched.channels, launched.key, timeout=timeout, unfinished=self._unfinished
                 )
+                wire = await unless_ended(connecting, ended, supervisor.exited)
                 sandbox = Sandbox(launched, supervisor, wire, self)
                 await unless_ended(sandbox._warm(), ended, supervisor.exited)
         except BaseException as error:

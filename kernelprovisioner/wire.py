@@ -8,10 +8,11 @@ import json
 import logging
 import os
 import secrets
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -22,6 +23,11 @@ CHANNELS = ("shell", "iopub", "stdin", "control")
 #: Bounds on what a kernel may send in one message; past them the connection is closed, and with it the sandbox.
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 MAX_MESSAGE_FRAMES = 4096
+#: JSON makes objects of twenty times its size, so only small parts are decoded as a whole.
+MAX_HEADER_BYTES = 64 * 1024
+_MAX_LENIENT_BYTES = 1024 * 1024
+#: What kernels that share an Unfinished may have sent of messages that are not complete.
+MAX_UNFINISHED_BYTES = 512 * 1024 * 1024
 #: A kernel that stops reading may leave this much of our requests unsent before we refuse more.
 MAX_UNSENT_BYTES = 32 * 1024 * 1024
 
@@ -30,6 +36,8 @@ _PROTOCOL_VERSION = "5.4"
 _RETRY_SECONDS = 0.01
 _log = logging.getLogger(__name__)
 _decode_header = msgspec.json.Decoder(dict[str, Any]).decode
+
+StructT = TypeVar("StructT", bound=msgspec.Struct)
 
 
 class WireError(Exception):
@@ -66,8 +74,31 @@ class Message:
 
     @cached_property
     def content(self) -> dict[str, Any]:
-        """Raises WireError where it is not a JSON object."""
+        """Decoded as a whole, however large that makes it: `content_as` is for what user code may have sent.
+
+        Raises WireError where it is not a JSON object.
+        """
         return _decode(self._frames[3])
+
+    def content_as(self, kind: type[StructT]) -> StructT:
+        """The content's fields that `kind` has; all others are skipped, and no objects are made of them.
+
+        Raises WireError where it is not JSON, or a field is missing or of another type.
+        """
+        part = self._frames[3]
+        try:
+            if not part.isascii():
+                str(part, "utf-8")  # what is skipped, or kept as msgspec.Raw, is not checked for this by msgspec
+            return msgspec.json.decode(part, type=kind)
+        except msgspec.ValidationError as error:
+            raise WireError(f"the content of {self.msg_type!r} cannot be read: {error}") from None
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            if len(part) > _MAX_LENIENT_BYTES:
+                raise WireError(f"the content of {self.msg_type!r} is not JSON: {error}") from None
+        try:
+            return msgspec.json.decode(_repaired(part), type=kind)
+        except (ValueError, RecursionError) as error:
+            raise WireError(f"the content of {self.msg_type!r} cannot be read: {error}") from None
 
     @property
     def buffers(self) -> Sequence[bytes]:
@@ -82,10 +113,36 @@ class Message:
 Listener = Callable[[Message], None]
 
 
+class Unfinished:
+    """What many kernels have sent of messages that are not complete: bounded together, the greediest is cut off."""
+
+    def __init__(self, limit: int = MAX_UNFINISHED_BYTES) -> None:
+        self._limit = limit
+        self._sizes: dict[_Connection, int] = {}
+        self._total = 0
+
+    def note(self, connection: _Connection, size: int) -> None:
+        """A connection holds `size` bytes now."""
+        self._total += size - self._sizes.pop(connection, 0)
+        if not size:
+            return
+        self._sizes[connection] = size
+        if self._total <= self._limit:
+            return
+        by_wire: Counter[KernelWire] = Counter()
+        for each, held in self._sizes.items():
+            by_wire[each.wire] += held
+        greediest = max(by_wire, key=lambda wire: by_wire[wire])
+        _log.warning("a kernel's channels were closed: it left messages of %d bytes unfinished", by_wire[greediest])
+        for each in [each for each in self._sizes if each.wire is greediest]:
+            each.abort()
+
+
 class KernelWire:
     """The channels of one kernel, connected. Not thread-safe: it belongs to the loop that made it."""
 
-    def __init__(self, key: bytes, names: Sequence[str]) -> None:
+    def __init__(self, key: bytes, names: Sequence[str], unfinished: Unfinished | None = None) -> None:
+        self.unfinished = unfinished or Unfinished()
         self.session = secrets.token_hex(16)
         self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.rejected = 0
@@ -109,12 +166,15 @@ class KernelWire:
         timeout: float,
         names: Sequence[str] = CHANNELS,
         topics: Sequence[bytes] = (b"",),
+        unfinished: Unfinished | None = None,
     ) -> KernelWire:
         """Return the wire once all `names` are connected, trying again until `timeout` seconds have passed.
 
+        Wires that share `unfinished` share its bound.
+
         Raises WireError when the kernel is not there in time.
         """
-        wire = cls(key, names)
+        wire = cls(key, names, unfinished)
         try:
             async with asyncio.timeout(timeout):
                 for name in names:
@@ -264,6 +324,8 @@ class KernelWire:
         if len(frames) < start + 5:
             raise WireError("too few frames")
         parts = frames[start + 1 :]
+        if max(len(parts[0]), len(parts[1])) > MAX_HEADER_BYTES:
+            raise WireError(f"a header of more than {MAX_HEADER_BYTES} bytes")
         if not hmac.compare_digest(frames[start], self._sign(parts[:4])):
             raise WireError("wrong signature")
         return Message(channel, parts, _decode(parts[0]), _decode(parts[1]))
@@ -290,10 +352,10 @@ class _Connection(asyncio.Protocol):
         self.ready: asyncio.Future[None] = loop.create_future()
         self.gone: asyncio.Future[None] = loop.create_future()
         self.expected = False
-        self._wire = wire
+        self.wire = wire
         self._name = name
         self._opening = zmtp.GREETING + zmtp.ready_command(socket_type, identity)
-        self._decoder = zmtp.Decoder(max_message=MAX_MESSAGE_BYTES, max_frames=MAX_MESSAGE_FRAMES)
+        self._decoder = _decoder()
         self._transport: asyncio.Transport | None = None
 
     @property
@@ -315,16 +377,19 @@ class _Connection(asyncio.Protocol):
             return
         if self._decoder.ready and not self.ready.done():
             self.ready.set_result(None)
+        self.wire.unfinished.note(self, self._decoder.unfinished)
         for frames in messages:
-            self._wire._received(self._name, frames)
+            self.wire._received(self._name, frames)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._decoder = _decoder()
+        self.wire.unfinished.note(self, 0)
         if not self.gone.done():
             self.gone.set_result(None)
         if not self.ready.done():
             self.ready.set_exception(ConnectionError("closed during the handshake"))
         elif not self.expected:
-            self._wire._lost(self._name, exc)
+            self.wire._lost(self._name, exc)
 
     def send(self, frames: Sequence[bytes]) -> None:
         assert self._transport is not None
@@ -333,8 +398,14 @@ class _Connection(asyncio.Protocol):
         self._transport.write(zmtp.encode(frames))
 
     def abort(self) -> None:
+        self._decoder = _decoder()
+        self.wire.unfinished.note(self, 0)
         if self._transport is not None:
             self._transport.abort()
+
+
+def _decoder() -> zmtp.Decoder:
+    return zmtp.Decoder(max_message=MAX_MESSAGE_BYTES, max_frames=MAX_MESSAGE_FRAMES)
 
 
 async def first_of(*futures: asyncio.Future[Any], timeout: float | None = None) -> None:
@@ -348,7 +419,7 @@ _encode = msgspec.json.Encoder().encode
 def _decode(part: bytes) -> dict[str, Any]:
     try:
         return _decode_header(part)
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return _decode_leniently(part)
 
 
@@ -361,3 +432,10 @@ def _decode_leniently(part: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise WireError("a part of the message is not a JSON object")
     return value
+
+
+def _repaired(part: bytes) -> bytes:
+    """JSON that any decoder reads: NaN and infinities become null, invalid bytes and lone surrogates U+FFFD."""
+    value = json.loads(part.decode("utf-8", "replace"), parse_constant=lambda _: None)
+    text = json.dumps(value, ensure_ascii=False)
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()

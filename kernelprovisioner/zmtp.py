@@ -57,6 +57,11 @@ class Decoder:
         self._frames: list[bytes] = []
         self._bytes = 0
 
+    @property
+    def unfinished(self) -> int:
+        """Bytes that are held of a message that is not complete."""
+        return len(self._buffer) + self._bytes
+
     def feed(self, data: bytes) -> list[list[bytes]]:
         """Return the messages that `data` completes. Raises ZmtpError where the peer leaves protocol or bounds."""
         buffer = self._buffer

@@ -17,9 +17,14 @@ from types import FrameType
 from typing import Any
 
 import docker
+import hypothesis
 import pytest
 
 from tests import services
+
+# Single examples are slow on a busy machine; whole tests have a limit of their own.
+hypothesis.settings.register_profile("samovar", deadline=None)
+hypothesis.settings.load_profile("samovar")
 
 SERVICE_MARKERS = ("service", "conformance")
 UNIT_LIMIT = 20.0

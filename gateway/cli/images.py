@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import docker
 
 from gateway.errors import ExitCode
+from gateway.settings import default_data_directory
 from kernelprovisioner.build_error import BuildError
 from kernelprovisioner.image_builder import ImageBuilder
 from kernelprovisioner.image_check import verify_image
@@ -44,10 +45,9 @@ def main(argv: Sequence[str]) -> int:
         return _fail("interrupted; what was built so far is used again by the next build", 130)
 
 
-def data_directory(environ: dict[str, str] | os._Environ[str]) -> Path:
+def data_directory(environ: Mapping[str, str]) -> Path:
     """Where wheels are kept between builds: SAMOVAR_DATA_DIR, else the user's directory for data."""
-    home = environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
-    return Path(environ.get("SAMOVAR_DATA_DIR") or Path(home) / "samovar").expanduser().absolute()
+    return Path(environ.get("SAMOVAR_DATA_DIR") or default_data_directory(environ)).expanduser().absolute()
 
 
 def _parser() -> argparse.ArgumentParser:

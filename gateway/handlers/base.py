@@ -7,13 +7,14 @@ import ipaddress
 import logging
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, TypeVar
 
 import msgspec
-from tornado.web import HTTPError, RequestHandler
+from tornado.web import HTTPError, RequestHandler, stream_request_body
 
+from gateway.answers import Answers
 from gateway.auth import KeyCheck
 from gateway.errors import Detail, RequestError, exec_body, from_validation, problem_body
 from gateway.health import Health
@@ -37,6 +38,7 @@ class Services:
     health: Health
     max_execution_time: float
     local_monitoring: bool
+    answers: Answers = field(default_factory=Answers)
 
     def image_for(self, language: str) -> KernelImage | None:
         """The kernel image for a language or its short name."""
@@ -62,10 +64,16 @@ LANGUAGES = {
 }
 
 
+@stream_request_body
 class BaseHandler(RequestHandler):
-    """A request of one of our families; `error_family` chooses the shape of its errors."""
+    """A request of one of our families; `error_family` chooses the shape of its errors.
+
+    Bodies come in pieces (Tornado's streaming), so that no byte of a stranger's is kept or parsed.
+    """
 
     services: Services
+    #: whether the body matters: then that of a key holder is kept
+    takes_body = False
     error_family: Callable[[RequestError, str], dict[str, Any]] = staticmethod(problem_body)
     error_type = "application/problem+json"
 
@@ -73,6 +81,15 @@ class BaseHandler(RequestHandler):
         self.services = services
         self.request_id = secrets.token_hex(8)
         self.hung_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._received = bytearray()
+
+    def prepare(self) -> None:
+        # A stranger's is read to its end all the same: else he sees a broken connection instead of his answer.
+        self._kept = self.takes_body and self.services.keys.owner(self.request.headers) is not None
+
+    def data_received(self, chunk: bytes) -> None:
+        if self._kept:
+            self._received += chunk
 
     def set_default_headers(self) -> None:
         self.clear_header("Server")
@@ -80,6 +97,7 @@ class BaseHandler(RequestHandler):
         self.set_header("Cache-Control", "no-store")
 
     def on_connection_close(self) -> None:
+        super().on_connection_close()
         if not self.hung_up.done():
             self.hung_up.set_result(None)
 
@@ -103,7 +121,7 @@ class BaseHandler(RequestHandler):
     def body(self, kind: type[StructT]) -> StructT:
         """The JSON body as `kind`. Raises RequestError that names the field."""
         try:
-            return msgspec.json.decode(self.request.body or b"{}", type=kind)
+            return msgspec.json.decode(self._received or b"{}", type=kind)
         except msgspec.ValidationError as error:
             raise from_validation(error) from None
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -140,7 +158,13 @@ class BaseHandler(RequestHandler):
         self.set_status(status)
         self.set_header("Content-Type", content_type)
         self.set_header("X-Request-Id", self.request_id)
-        self.finish(to_json(value))
+        encoded = to_json(value)
+        self.services.answers.add(self.finish(encoded), len(encoded), self._hang_up)
+
+    def _hang_up(self) -> None:
+        stream = getattr(self.request.connection, "stream", None)
+        if stream is not None:
+            stream.close()
 
 
 class ExecFamilyHandler(BaseHandler):
@@ -153,8 +177,10 @@ class ExecFamilyHandler(BaseHandler):
 class NotFoundHandler(BaseHandler):
     """Every path that is not there."""
 
-    def prepare(self) -> None:
+    def _missing(self) -> None:
         raise RequestError(HTTPStatus.NOT_FOUND, "not_found", f"There is nothing at {self.request.path}.")
+
+    get = head = post = put = patch = delete = options = _missing
 
 
 def _unexpected(status_code: int, error: BaseException | None) -> RequestError:

@@ -40,6 +40,8 @@ class ExecRequest(msgspec.Struct):
 class ExecHandler(ExecFamilyHandler):
     """Run code in a session, answer with what it wrote."""
 
+    takes_body = True
+
     async def post(self) -> None:
         owner = self.owner
         request = self.body(ExecRequest)

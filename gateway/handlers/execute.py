@@ -39,6 +39,8 @@ class ExecuteRequest(msgspec.Struct, forbid_unknown_fields=True):
 class ExecuteHandler(BaseHandler):
     """Run a cell and wait for its end."""
 
+    takes_body = True
+
     async def post(self) -> None:
         owner = self.owner
         request = self.body(ExecuteRequest)

@@ -199,6 +199,24 @@ print("after")
 
 
 FORGERIES = {
+    "lengths of 10 GB and noise on every descriptor it has": """
+import os, struct
+for fd in range(3, 256):
+    for noise in (struct.pack(">BQ", 2, 10 * 2**30), os.urandom(4096)):
+        try:
+            os.write(fd, noise)
+        except OSError:
+            pass
+""",
+    "short texts that describe millions of objects": """
+from IPython import get_ipython
+kernel = get_ipython().kernel
+session, parent = kernel.session, kernel.get_parent("shell")["header"]
+bomb = b'{"a":[' + b"[]," * 5_000_000 + b'[]]}'
+for kind, field in (("display_data", b"data"), ("display_data", b"metadata"), ("stream", b"name"), ("error", b"x")):
+    parts = [session.pack(session.msg_header(kind)), session.pack(parent), b"{}", b'{"%s":%s}' % (field, bomb)]
+    kernel.iopub_socket.send_multipart([b"<IDS|MSG>", session.sign(parts), *parts])
+""",
     "frames on every descriptor it has": """
 import os, struct
 for fd in range(3, 256):

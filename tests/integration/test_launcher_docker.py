@@ -48,7 +48,13 @@ def standin(docker_url: str, kernel_image: str) -> Iterator[KernelImage]:
         'ENTRYPOINT ["/opt/kernel/bin/python", "-IBc", "import os; exec(os.environ[\'PROGRAM\'])"]\n'
     )
     client = docker.DockerClient(base_url=docker_url)
-    client.images.build(fileobj=io.BytesIO(dockerfile.encode()), tag="samovar/standin:latest", network_mode="none")
+    client.images.build(
+        fileobj=io.BytesIO(dockerfile.encode()),
+        tag="samovar/standin:latest",
+        network_mode="none",
+        rm=True,
+        forcerm=True,
+    )
     image = find_image(kernel_image)
     limits = Limits(memory_mb=32, cpus=0.5, pids=20, open_files=256, work_mb=8, tmp_mb=4, shm_mb=4)
     yield replace(image, name="standin", limits=limits)

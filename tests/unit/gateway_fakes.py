@@ -114,7 +114,7 @@ class FakePool:
         self.made.append(sandbox)
         self.claims.append((owner, request))
         self.claimed.set()
-        return PoolClaim(sandbox, Source.WARM, 0.0)  # type: ignore[arg-type]
+        return PoolClaim(sandbox, Source.WARM)  # type: ignore[arg-type]
 
     async def release(self, sandbox: FakeSandbox, cause: SandboxExit) -> None:
         self.released.append((sandbox, cause))

@@ -81,7 +81,7 @@ class FakePool:
             raise self.error
         sandbox = FakeSandbox(len(self.sandboxes), self.directory)
         self.sandboxes.append(sandbox)
-        return PoolClaim(cast(Sandbox, sandbox), Source.WARM, 1.0)
+        return PoolClaim(cast(Sandbox, sandbox), Source.WARM)
 
     async def release(self, sandbox: Sandbox, cause: SandboxExit) -> None:
         fake = cast(FakeSandbox, sandbox)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -229,3 +230,43 @@ async def test_unknown_paths_and_wrong_methods_have_the_shape_of_errors() -> Non
             response = await api.call(method, path)
             assert response.code == code
             assert "request_id" in json.loads(response.body)
+
+
+@pytest.mark.parametrize("path", ["/exec", "/nothing"])
+async def test_of_a_stranger_s_body_nothing_is_kept(path: str) -> None:
+    async with served() as api:
+        tracemalloc.start()
+        reader, writer = await asyncio.open_connection("127.0.0.1", api.port)
+        writer.write(f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 8000000\r\n\r\n".encode())
+        for _ in range(80):
+            writer.write(b"x" * 100_000)
+            await writer.drain()
+        status = (await asyncio.wait_for(reader.readline(), 5)).split()[1]
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert status == (b"401" if path == "/exec" else b"404")
+        assert peak < 4_000_000
+        writer.close()
+        await writer.wait_closed()
+
+
+async def test_a_form_is_no_json_and_is_not_taken_apart_as_one() -> None:
+    async with served() as api:
+        headers = {"x-api-key": KEY, "Content-Type": "multipart/form-data"}
+        url = f"http://127.0.0.1:{api.port}/exec"
+        response = await AsyncHTTPClient().fetch(url, method="POST", body=b"a=1", headers=headers, raise_error=False)
+        assert (response.code, json.loads(response.body)["error_type"]) == (400, "invalid_json")
+
+
+async def test_a_client_that_goes_away_in_the_middle_of_its_body_leaves_nothing() -> None:
+    async with served() as api:
+        before = asyncio.all_tasks()
+        _, writer = await asyncio.open_connection("127.0.0.1", api.port)
+        writer.write(f"POST /exec HTTP/1.1\r\nHost: x\r\nx-api-key: {KEY}\r\nContent-Length: 100\r\n\r\n{{".encode())
+        await writer.drain()
+        await asyncio.sleep(0.05)
+        writer.close()
+        await writer.wait_closed()
+        await asyncio.sleep(0.05)
+        assert asyncio.all_tasks() <= before
+        assert api.pool.made == []

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
+import tracemalloc
 from typing import Any
 
+import msgspec
 import pytest
 
-from gateway.outputs import OutputCollector, cell_error, to_json
+from gateway.outputs import ErrorContent, OutputCollector, cell_error, to_json
 from kernelprovisioner.wire import Message
 
 
@@ -19,6 +22,10 @@ def message(kind: str, content: Any, msg_id: str = "m") -> Message:
 
 def collector(max_bytes: int = 1000, max_outputs: int = 10) -> OutputCollector:
     return OutputCollector(max_bytes=max_bytes, max_outputs=max_outputs)
+
+
+def raw(value: Any) -> msgspec.Raw:
+    return msgspec.Raw(json.dumps(value).encode())
 
 
 def shown(outputs: OutputCollector) -> list[dict[str, Any]]:
@@ -113,6 +120,7 @@ def test_clearing_gives_its_room_back() -> None:
         ("stream", {"name": ["stdout"], "text": "x"}),
         ("stream", {"name": "stdout", "text": 5}),
         ("stream", {}),
+        ("stream", []),
         ("display_data", {"data": []}),
         ("display_data", {}),
         ("update_display_data", {"data": {}, "transient": 3}),
@@ -138,7 +146,7 @@ def test_strange_errors_become_errors() -> None:
 
 def test_a_huge_error_is_cut_and_its_end_is_kept() -> None:
     lines = [f"frame {number} " + "x" * 1000 for number in range(1000)]
-    error = cell_error({"ename": "E" * 10**6, "evalue": "v" * 10**6, "traceback": lines})
+    error = cell_error(ErrorContent("E" * 10**6, "v" * 10**6, raw(lines)))
     assert sum(map(len, error.traceback)) < 70_000
     assert error.traceback[-1] == lines[-1]
     assert "cut" in error.traceback[0] and "cut" in error.evalue
@@ -148,24 +156,61 @@ def test_a_huge_error_is_cut_and_its_end_is_kept() -> None:
 
 
 def test_tracebacks_lose_their_colours_for_plain_text() -> None:
-    error = cell_error({"ename": "E", "evalue": "v", "traceback": ["\x1b[31mred\x1b[39m", "\x1b[38;5;28;01mx\x1b[0m"]})
+    error = cell_error(ErrorContent("E", "v", raw(["\x1b[31mred\x1b[39m", "\x1b[38;5;28;01mx\x1b[0m"])))
     assert error.plain_traceback == "red\nx\n"
-    assert cell_error({"ename": "E", "evalue": "v"}).plain_traceback == "E: v\n"
+    assert cell_error(ErrorContent("E", "v")).plain_traceback == "E: v\n"
 
 
 def test_lone_surrogates_do_not_break_the_answer() -> None:
     outputs = collector()
     outputs.take(message("stream", {"name": "stdout", "text": "\ud800"}))
     outputs.take(message("display_data", display("\udfff")))
-    assert shown(outputs)[0]["text"] == "\ud800"
-    assert shown(outputs)[1]["data"]["text/plain"] == "\udfff"
+    assert shown(outputs)[0]["text"] == "\N{REPLACEMENT CHARACTER}"
+    assert shown(outputs)[1]["data"]["text/plain"] == "\N{REPLACEMENT CHARACTER}"
 
 
 def test_numbers_of_any_size_do_not_break_the_answer() -> None:
     outputs = collector(max_bytes=5000)
     outputs.take(message("display_data", {"data": {"application/json": 10**400}}))
     outputs.take(message("display_data", {"data": {"application/json": float("inf")}}))
-    assert shown(outputs)[0]["data"]["application/json"] == 10**400
+    assert [output["data"]["application/json"] for output in shown(outputs)] == [10**400, None]
+
+
+def test_bytes_that_are_no_text_become_replacement_characters() -> None:
+    for kind, content in [
+        ("stream", b'{"name": "stdout", "text": "a\xffb"}'),
+        ("display_data", b'{"data": {"text/plain": "a\xffb"}}'),
+    ]:
+        outputs = collector()
+        outputs.take(Message("iopub", [b"{}", b"{}", b"{}", content], {"msg_type": kind}, {}))
+        assert "a\N{REPLACEMENT CHARACTER}b" in to_json(outputs.outputs()).decode()
+
+
+@pytest.mark.parametrize("where", ["data", "metadata", "else"])
+@pytest.mark.parametrize("kind", ["display_data", "execute_result", "update_display_data", "stream", "error"])
+def test_a_text_that_describes_millions_of_objects_makes_none(kind: str, where: str) -> None:
+    bomb = b"[" + b"[]," * 2_000_000 + b"[]]"
+    fields = {"data": b"{}", "name": b'"stdout"', "text": b'"x"', where: b'{"a":' + bomb + b"}"}
+    content = b"{" + b",".join(b'"%s":%s' % (name.encode(), value) for name, value in fields.items()) + b"}"
+    outputs = collector(max_bytes=1000)
+    tracemalloc.start()
+    try:
+        outputs.take(Message("iopub", [b"{}", b"{}", b"{}", content], {"msg_type": kind}, {}))
+        assert tracemalloc.get_traced_memory()[1] < 3 * len(content)
+    finally:
+        tracemalloc.stop()
+
+
+def test_updates_of_many_displays_at_once_are_cheap() -> None:
+    outputs = collector(max_bytes=8 << 20, max_outputs=1000)
+    for _ in range(1000):
+        outputs.take(message("display_data", display("x" * 8000, "all")))
+    update = message("update_display_data", display("y", "all"))
+    began = time.process_time()
+    for _ in range(1000):
+        outputs.take(update)
+    assert time.process_time() - began < 2, "an update may not cost what all its displays hold"
+    assert {output["data"]["text/plain"] for output in shown(outputs)} == {"y"}
 
 
 def test_the_value_of_the_last_expression_is_known_as_text() -> None:
@@ -179,3 +224,20 @@ def test_the_value_of_the_last_expression_is_known_as_text() -> None:
         "metadata": {},
         "execution_count": 3,
     }
+
+
+@pytest.mark.parametrize("line", ["", "x"])
+def test_a_traceback_of_very_many_lines_costs_little(line: str) -> None:
+    error = cell_error(ErrorContent("E", "v", raw([line] * 10**6)))
+    assert error.traceback == ("[samovar: the traceback was cut: it has too many lines]",)
+    error = cell_error(ErrorContent("E", "v", raw([line] * 10**4)))
+    assert len(error.traceback) == 1001 and "cut" in error.traceback[0]
+
+
+def test_long_ids_are_not_remembered() -> None:
+    outputs = collector()
+    outputs.take(message("stream", {"name": "stdout", "text": "x"}, "i" * 60_000))
+    assert outputs.stream_ids == set() and outputs.written("stdout") == "x"
+    outputs.take(message("display_data", display("one", "i" * 60_000)))
+    outputs.take(message("update_display_data", display("two", "i" * 60_000)))
+    assert shown(outputs)[-1]["data"]["text/plain"] == "one"

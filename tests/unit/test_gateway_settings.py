@@ -79,6 +79,9 @@ def test_known_names_reach_pool_and_limits(monkeypatch: pytest.MonkeyPatch, pyth
         ("API_PORT", "many", "API_PORT='many'"),
         ("API_PORT", "70000", "65535"),
         ("MAX_CPUS", "0", "MAX_CPUS"),
+        ("MAX_CPUS", "inf", "MAX_CPUS"),
+        ("SAMOVAR_POOL_SETTINGS_LINE_BOUND", "0", "LINE_BOUND"),
+        ("SAMOVAR_EXECUTION_SETTINGS_MAX_OUTPUT_MB", "inf", "MAX_OUTPUT_MB"),
         ("CONTAINER_POOL_PY_MAX", "x", "CONTAINER_POOL_PY_MAX"),
         ("LOG_LEVEL", "loud", "LOG_LEVEL"),
         ("SAMOVAR_LAUNCHER", "rocket", "SAMOVAR_LAUNCHER"),
@@ -154,3 +157,10 @@ def test_pool_bounds(
 def test_impossible_bounds_are_refused(settings: dict[str, object], python_image: KernelImage) -> None:
     with pytest.raises(StartError, match="Bad configuration"):
         PoolSettings(**settings).of(python_image)
+
+
+def test_bounds_of_an_image_that_is_not_there_are_refused(python_image: KernelImage) -> None:
+    settings = PoolSettings(bounds={"pyhton": {"min": 1}})
+    with pytest.raises(StartError, match=r"'pyhton' \(did you mean 'python'\?\)"):
+        settings.check_names([python_image.name])
+    PoolSettings(bounds={"python": {"min": 1}}).check_names([python_image.name])

@@ -117,7 +117,7 @@ async def test_a_warm_sandbox_is_claimed_and_replaced() -> None:
     async with a_pool(min=2) as (pool, engine):
         await until(lambda: pool.describe()["warm"] == 2)
         claim = await pool.claim("ada", ask("k1"))
-        assert claim.source == "warm" and claim.waited_ms < 1000
+        assert claim.source == "warm"
         assert cast(FakeSandbox, claim.sandbox).claims == ["k1"]
         await until(lambda: pool.describe()["warm"] == 2)
         assert pool.describe()["claimed"] == 1 and engine.launches == 3

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
-from collections.abc import AsyncIterator, Sequence
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -134,6 +135,30 @@ async def test_parts_that_are_no_json_object_are_dropped(tmp_path: Path, part: b
         assert (await asyncio.wait_for(heard.get(), 5)).msg_type == "status"
 
 
+async def test_a_header_that_is_larger_than_any_is_not_decoded(tmp_path: Path) -> None:
+    async with kernel_and_wire(tmp_path) as (kernel, connected):
+        await kernel.sockets["iopub"].recv()
+        heard: asyncio.Queue[Message] = asyncio.Queue()
+        connected.on_other = heard.put_nowait
+        huge = {"msg_type": "huge", "more": "x" * wire.MAX_HEADER_BYTES}
+        await kernel.sockets["iopub"].send_multipart(signed(huge, {}, {}))
+        await kernel.sockets["iopub"].send_multipart(signed({"msg_type": "parent"}, huge, {}))
+        await kernel.sockets["iopub"].send_multipart(signed({"msg_type": "status"}, {}, {}))
+        assert (await asyncio.wait_for(heard.get(), 5)).msg_type == "status"
+        assert connected.rejected == 2
+
+
+async def test_a_header_with_invalid_bytes_costs_nobody_the_connection(tmp_path: Path) -> None:
+    async with kernel_and_wire(tmp_path) as (kernel, connected):
+        await kernel.sockets["iopub"].recv()
+        parts = [b'{"msg_type": "a\xff"}', b"{}", b"{}", b"{}"]
+        signature = hmac.new(KEY, b"".join(parts), "sha256").hexdigest().encode()
+        heard: asyncio.Queue[Message] = asyncio.Queue()
+        connected.on_other = heard.put_nowait
+        await kernel.sockets["iopub"].send_multipart([b"<IDS|MSG>", signature, *parts])
+        assert (await asyncio.wait_for(heard.get(), 5)).msg_type == "a\N{REPLACEMENT CHARACTER}"
+
+
 async def test_not_a_number_in_content_is_read(tmp_path: Path) -> None:
     async with kernel_and_wire(tmp_path) as (kernel, connected):
         await kernel.sockets["iopub"].recv()
@@ -225,6 +250,39 @@ async def test_a_kernel_that_does_not_read_makes_send_fail_instead_of_filling_me
                 connected.send("shell", "execute_request", {"code": "x" * 50_000})
         stopped.set()
         await connected.close()
+
+
+async def test_of_many_kernels_that_finish_no_message_the_greediest_is_cut_off(tmp_path: Path) -> None:
+    begun = {"greedy": 6000, "modest": 3000}
+
+    def serve(name: str) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
+        async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(zmtp.GREETING + zmtp.ready_command("ROUTER") + b"\x02" + struct.pack(">Q", 10_000))
+            await reader.readexactly(64)
+            for _ in range(0, begun[name], 1000):
+                writer.write(b"x" * 1000)
+                await asyncio.sleep(0.01)
+            await reader.read()
+            writer.close()
+
+        return connected
+
+    servers = [await asyncio.start_unix_server(serve(name), tmp_path / name) for name in begun]
+    bound = wire.Unfinished(7000)
+    wires = {
+        name: await KernelWire.connect(
+            {"shell": Endpoint(path=tmp_path / name)}, KEY, timeout=5, names=("shell",), unfinished=bound
+        )
+        for name in begun
+    }
+    await asyncio.wait_for(wires["greedy"].closed, 5)
+    await asyncio.sleep(0.05)
+    assert not wires["modest"].closed.done()
+    for each in wires.values():
+        await each.close()
+    for server in servers:
+        server.close()
+        await server.wait_closed()
 
 
 async def test_closing_some_channels_leaves_the_others(tmp_path: Path) -> None:

@@ -93,3 +93,12 @@ def test_a_wrong_opening_is_refused(opening: bytes, reason: str) -> None:
 
 def test_commands_after_ready_are_ignored() -> None:
     assert opened().feed(b"\x04\x05\x04PING" + zmtp.encode([b"a"])) == [[b"a"]]
+
+
+def test_what_is_held_of_an_unfinished_message_is_known() -> None:
+    reader = opened()
+    assert reader.unfinished == 0
+    reader.feed(b"\x01\x05first\x00\x06sec")
+    assert reader.unfinished == 5 + 2 + 3
+    assert reader.feed(b"ond") == [[b"first", b"second"]]
+    assert reader.unfinished == 0
