@@ -141,7 +141,6 @@ class Sandbox:
         finally:
             self.wire.unlisten(msg_id)
             reply.cancel()
-        self._owner.run(self._owner.launcher.claimed(self.launched))
 
     async def hand_over(self) -> None:
         """Close our own shell, iopub and stdin channels: somebody else talks to the kernel directly now."""
@@ -191,6 +190,7 @@ class Sandbox:
         await prove(self.wire)
         if self.launched.transport == "ipc":
             os.chmod(self.launched.directory, stat.S_IRUSR | stat.S_IXUSR | 0o055)
+        await self._owner.launcher.warmed(self.launched)
         self._move(SandboxState.WARM)
 
     async def _watch(self, container_ended: asyncio.Future[SandboxExit]) -> None:

@@ -26,6 +26,8 @@ MAX_MESSAGE_FRAMES = 4096
 #: JSON makes objects of twenty times its size, so only small parts are decoded as a whole.
 MAX_HEADER_BYTES = 64 * 1024
 _MAX_LENIENT_BYTES = 1024 * 1024
+#: A kernel whose messages are no messages so often does nothing else, and each costs us time.
+MAX_REJECTED = 1000
 #: What kernels that share an Unfinished may have sent of messages that are not complete.
 MAX_UNFINISHED_BYTES = 512 * 1024 * 1024
 #: A kernel that stops reading may leave this much of our requests unsent before we refuse more.
@@ -380,6 +382,10 @@ class _Connection(asyncio.Protocol):
         self.wire.unfinished.note(self, self._decoder.unfinished)
         for frames in messages:
             self.wire._received(self._name, frames)
+            if self.wire.rejected > MAX_REJECTED:
+                _log.warning("kernel's %s channel closed: %d messages were none", self._name, self.wire.rejected)
+                self.abort()
+                return
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._decoder = _decoder()

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 GREETING = b"\xff" + b"\0" * 8 + b"\x7f" + b"\x03\x00" + b"NULL".ljust(20, b"\0") + b"\0" * 32
 SUBSCRIBE = b"\x01"
 
+#: A peer has no reason for many of them: heartbeats are for who asked for them, which we do not.
+_MAX_COMMANDS = 1000
 _MORE, _LONG, _COMMAND = 0x01, 0x02, 0x04
 _LENGTH = struct.Struct(">Q")
 _PROPERTY_LENGTH = struct.Struct(">I")
@@ -56,6 +58,7 @@ class Decoder:
         self._buffer = bytearray()
         self._frames: list[bytes] = []
         self._bytes = 0
+        self._commands = 0
 
     @property
     def unfinished(self) -> int:
@@ -107,6 +110,9 @@ class Decoder:
         return messages
 
     def _command(self, frame: bytes) -> None:
+        self._commands += 1
+        if self._commands > _MAX_COMMANDS:
+            raise ZmtpError(f"more than {_MAX_COMMANDS} commands")
         if self.ready:
             return
         if frame.startswith(b"\x05READY"):

@@ -25,6 +25,7 @@ from traitlets.config import Config
 from samovar_kernel.kernel import SandboxKernel
 from samovar_kernel.output import OutputBuffer
 from samovar_kernel.publisher import Publisher, open_socket
+from samovar_kernel.rehearsal import rehearse
 from samovar_kernel.settings import VARIABLE, KernelSettings
 from samovar_kernel.streams import SandboxStream
 from samovar_kernel.unsent import Ring
@@ -67,6 +68,7 @@ class SandboxKernelApp(IPKernelApp):
         super().initialize(argv)
         os.umask(_USER_UMASK)
         self._preload()
+        rehearse(self.shell)
         _import_from_work_directory()
         if self._output is not None:
             # what start-up printed belongs to no cell

@@ -85,8 +85,11 @@ class Launcher(abc.ABC):
         """
 
     @abc.abstractmethod
-    async def claimed(self, launched: Launched) -> None:
-        """The sandbox was claimed: give it its full share of CPU. Never raises for one that died meanwhile."""
+    async def warmed(self, launched: Launched) -> None:
+        """The sandbox is warm: give it its full share of CPU. Never raises for one that died meanwhile.
+
+        Not at the claim: an engine takes longer to change a share than a first cell takes to run.
+        """
 
     @abc.abstractmethod
     async def destroy(self, launched: Launched) -> None:

@@ -27,7 +27,7 @@ RUNTIME_MOUNT = "/samovar"
 TCP_PORTS = {name: 50000 + number for number, name in enumerate((*CHANNELS, "supervisor"), start=1)}
 
 WARMING_CPU_SHARES = 128
-CLAIMED_CPU_SHARES = 1024
+WARM_CPU_SHARES = 1024
 
 _KERNEL_COMMAND = ["/opt/kernel/bin/python", "-P", "-m", "samovar_kernel.app"]
 # The image's own user; the second one where the first is the gateway's uid.

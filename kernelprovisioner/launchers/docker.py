@@ -160,7 +160,7 @@ class DockerLauncher(ConfigurableLauncher):
             )
         return container.launched
 
-    async def claimed(self, launched: Launched) -> None:
+    async def warmed(self, launched: Launched) -> None:
         try:
             await self._call(self._engine_now().give_full_share, launched.runtime_id)
         except ENGINE_ERRORS as error:

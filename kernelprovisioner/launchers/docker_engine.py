@@ -15,7 +15,7 @@ from requests.exceptions import RequestException
 
 from kernelprovisioner.launchers.base import EngineUnavailable, LaunchError
 from kernelprovisioner.launchers.container_spec import (
-    CLAIMED_CPU_SHARES,
+    WARM_CPU_SHARES,
     LABEL_BOOT,
     LABEL_MANAGED,
     LABEL_OWNER,
@@ -153,8 +153,8 @@ class Engine:
             time.sleep(0.05)
 
     def give_full_share(self, container_id: str) -> None:
-        """Raise a container's share of CPU from warming to claimed."""
-        self._client.update_container(container_id, cpu_shares=CLAIMED_CPU_SHARES)
+        """Raise a container's share of CPU from warming to warm."""
+        self._client.update_container(container_id, cpu_shares=WARM_CPU_SHARES)
 
     def state(self, sandbox_id: str) -> dict[str, Any]:
         """Return the engine's state of a sandbox's container, empty where there is none."""

@@ -80,7 +80,7 @@ class ProcessLauncher(ConfigurableLauncher):
             self._remove_directory(request.sandbox_id)
             raise
 
-    async def claimed(self, launched: Launched) -> None:
+    async def warmed(self, launched: Launched) -> None:
         """Nothing to do: a process that gave up CPU share could not take it back without being root."""
 
     async def destroy(self, launched: Launched) -> None:

@@ -6,10 +6,12 @@ import concurrent.futures
 import secrets
 import threading
 import time
+from pathlib import Path
 
 import docker
 import pytest
 
+from kernelprovisioner.launchers.container_spec import LABEL_OWNER
 from tests import services
 from tests.gateway_process import GatewayProcess
 
@@ -28,9 +30,10 @@ def gateway_settings() -> dict[str, str]:
 class Census:
     """Looks into the engine all the time: which sandboxes there were, and how many at once."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, runtime: Path) -> None:
+        self._runtime = str(runtime)
         self.seen: set[str] = set()
-        self.most = 0
+        self.most: list[str] = []
         self._client = docker.DockerClient(base_url=url)
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._count)
@@ -46,10 +49,12 @@ class Census:
 
     def _count(self) -> None:
         while not self._done.wait(0.2):
-            listed = self._client.api.containers(all=True, filters={"label": services.LABEL})
-            ids = {container["Id"] for container in listed}
-            self.seen |= ids
-            self.most = max(self.most, len(ids))
+            everyones = self._client.api.containers(all=True, filters={"label": services.LABEL})
+            listed = [item for item in everyones if item["Labels"][LABEL_OWNER].startswith(self._runtime)]
+            self.seen |= {container["Id"] for container in listed}
+            # What has ended may still be listed for a moment; it has neither processes nor memory.
+            live = [f"{item['Id'][:12]} {item['Status']}" for item in listed if item["State"] in ("created", "running")]
+            self.most = max(self.most, live, key=len)
 
 
 def test_fifty_callers_get_fifty_fresh_sandboxes_and_never_more_than_twenty_live(
@@ -62,7 +67,7 @@ marker = pathlib.Path("/mnt/data/used")
 print("{nonce}", "fresh" if not marker.exists() and "used" not in globals() else "used before")
 marker.touch(); used = True
 """
-    with Census(docker_url) as census, concurrent.futures.ThreadPoolExecutor(CALLERS) as callers:
+    with Census(docker_url, gateway.runtime) as census, concurrent.futures.ThreadPoolExecutor(CALLERS) as callers:
         started = time.monotonic()
         answers = list(callers.map(lambda nonce: gateway.exec(code.format(nonce=nonce)), nonces))
         took = time.monotonic() - started
@@ -70,5 +75,5 @@ marker.touch(); used = True
     containers = {answer["container_id"] for answer in answers}
     assert len(containers) == CALLERS
     assert containers <= census.seen, "an answer names a container that the engine never had"
-    assert census.most <= PLACES
+    assert len(census.most) <= PLACES, "\n".join(census.most)
     assert took < 120

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import concurrent.futures
+import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -115,6 +117,26 @@ def test_a_cell_that_runs_at_the_stop_is_answered(directory: Path) -> None:
         assert short.result()["stdout"] == "done\n"
         cut = endless.result()
     assert (cut["status"], cut["stdout"], cut["exit_cause"]["cause"]) == ("died", "begun\n", "gateway")
+
+
+def test_an_answer_that_is_on_its_way_at_the_stop_arrives_whole(directory: Path) -> None:
+    gateway = GatewayProcess(directory, NO_ENGINE, {"CONTAINER_POOL_PY_MIN": "1"})
+    gateway.start()
+    session = gateway.exec("1")["session_id"]
+    body = json.dumps({"code": "print('x' * 8_000_000)", "lang": "py", "session_id": session}).encode()
+    head = f"POST /exec HTTP/1.1\r\nHost: x\r\nx-api-key: {gateway.key}\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", gateway.port), timeout=30) as client:
+        client.sendall(head.encode() + body)
+        received = client.recv(1000)
+        assert gateway.process is not None
+        gateway.process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        while piece := client.recv(1 << 20):
+            received += piece
+    answer_head, _, answer = received.partition(b"\r\n\r\n")
+    assert f"Content-Length: {len(answer)}\r\n".encode() in answer_head + b"\r\n"
+    assert len(answer) > 16_000_000
+    assert gateway.stop() == 0
 
 
 @pytest.mark.service

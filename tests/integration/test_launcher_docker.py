@@ -180,10 +180,10 @@ print(json.dumps({
         assert (config["PidsLimit"], config["NanoCpus"], config["Init"]) == (20, 500_000_000, False)
         assert config["LogConfig"]["Config"] == {"max-file": "1", "max-size": "256k"}
         assert config["CpuShares"] == 128
-        await started.launcher.claimed(launched)
+        await started.launcher.warmed(launched)
         assert engine.containers.get(launched.runtime_id).attrs["HostConfig"]["CpuShares"] == 1024
         await started.launcher.destroy(launched)
-        await started.launcher.claimed(launched)
+        await started.launcher.warmed(launched)
 
 
 async def test_many_empty_files_end_in_enospc(launching: Callable[..., Any], standin: KernelImage, engine: Any) -> None:

@@ -75,7 +75,7 @@ async def test_it_starts_and_answers_and_leaves_no_process(runtime: RuntimeRoot,
         client = await SupervisorClient.connect(launched.supervisor, launched.token, timeout=10)
         processes = family(launched)
         assert len(processes) >= 2
-        await launcher.claimed(launched)
+        await launcher.warmed(launched)
         client.close()
         await launcher.destroy(launched)
         await launcher.destroy(launched)

@@ -205,7 +205,9 @@ async def test_a_file_in_place_of_a_socket_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "attack", [b"\x02" + b"\xff" * 8, b"\x01\x00" * 5000], ids=["a frame of 2**64 bytes", "endless parts"]
+    "attack",
+    [b"\x02" + b"\xff" * 8, b"\x01\x00" * 5000, b"\x00\x00" * 5000, b"\x04\x00" * 5000],
+    ids=["a frame of 2**64 bytes", "endless parts", "endless messages that are none", "endless commands"],
 )
 async def test_a_kernel_that_breaks_the_protocol_closes_the_wire(tmp_path: Path, attack: bytes) -> None:
     opening = zmtp.GREETING + zmtp.ready_command("ROUTER")

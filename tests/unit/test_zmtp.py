@@ -102,3 +102,9 @@ def test_what_is_held_of_an_unfinished_message_is_known() -> None:
     assert reader.unfinished == 5 + 2 + 3
     assert reader.feed(b"ond") == [[b"first", b"second"]]
     assert reader.unfinished == 0
+
+
+def test_an_endless_row_of_commands_is_refused() -> None:
+    reader = opened()
+    with pytest.raises(zmtp.ZmtpError, match="more than 1000 commands"):
+        reader.feed(b"\x04\x00" * 1001)
