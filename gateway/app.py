@@ -8,11 +8,11 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from traitlets import Bool, Enum, Float, Integer, List, TraitError, Unicode, default
+from traitlets import Bool, Dict, Enum, Integer, List, TraitError, Unicode, default
 from traitlets.config import Application, Config, Configurable
 from traitlets.config.loader import ArgumentError
 
@@ -29,8 +29,12 @@ from gateway.settings import (
     file_config,
 )
 from kernelprovisioner.launchers import DockerLauncher, LauncherKind, ProcessLauncher
+from kernelprovisioner.launchers.docker_engine import engine_url
+from kernelprovisioner.runtime import ENVIRONMENT_NAME
+from kernelprovisioner.traits import FiniteFloat
 
 CONFIG_FILE = "samovar_config.py"
+LOG_LEVELS = ("DEBUG", "INFO", "WARN", "WARNING", "ERROR", "CRITICAL", 10, 20, 30, 40, 50)
 _log = logging.getLogger(__name__)
 
 
@@ -39,6 +43,8 @@ class GatewayApp(Application):
 
     name = "samovar-serve"
     version = __version__
+    #: after `start`: the sandboxes whose removal nobody has confirmed
+    left: Sequence[str] = ()
     description = """Start the gateway: a pool of warm sandboxes, POST /exec and POST /api/v1/execute, and the claim
     socket for Jupyter clients of this user. Settings come from the command line, then SAMOVAR_… variables, then the
     environment names that code interpreters know (API_PORT, MAX_MEMORY_MB, …), then samovar_config.py."""
@@ -63,13 +69,22 @@ class GatewayApp(Application):
         config=True
     )
     config_file = Unicode(CONFIG_FILE, help="Configuration file; the default one may be missing.").tag(config=True)
-    drain_timeout = Float(10.0, min=0, help="Seconds that running cells have to end after Ctrl-C or SIGTERM.").tag(
-        config=True
-    )
+    drain_timeout = FiniteFloat(
+        10.0, min=0, help="Seconds that running cells have to end after Ctrl-C or SIGTERM."
+    ).tag(config=True)
     local_monitoring = Bool(
         True, help="Let this host call /health/detailed and /metrics/pool without a key (switch off behind a proxy)."
     ).tag(config=True)
+    log_level = Enum(LOG_LEVELS, default_value="INFO", help="The least level of what is logged.").tag(config=True)
     first_cell = Bool(False, help="After the start run a first cell, and print commands to try.").tag(config=True)
+
+    # What traitlets has for every application and this one has not: without the tag they are no settings.
+    # show_config would print the API key.
+    show_config = Bool(False)
+    show_config_json = Bool(False)
+    log_format = Unicode("%(message)s")
+    log_datefmt = Unicode("")
+    logging_config = Dict()
 
     aliases = {  # noqa: RUF012 - as Application has it
         "host": "GatewayApp.host",
@@ -88,19 +103,33 @@ class GatewayApp(Application):
     def _default_data_dir(self) -> str:
         return str(default_data_directory(os.environ))
 
-    @default("log_level")
-    def _default_log_level(self) -> int:
-        return logging.INFO
+    def emit_help(self, classes: bool = False) -> Generator[str, None, None]:
+        """As traitlets does, without a section for Application: what there is of its settings is shown as ours."""
+        if not classes:
+            yield from super().emit_help()
+            return
+        yield from self.emit_description()
+        yield from self.emit_options_help()
+        for cls in self.classes:
+            yield cls.class_get_help()
+            yield ""
 
     def initialize(self, argv: list[str] | None = None) -> None:
-        """Bring all configuration together. Raises StartError for what is wrong in it."""
+        """Bring all configuration together, and log as it says. Raises StartError for what is wrong in it."""
+        unknown = self.configure(argv)
+        _set_up_logging(cast("int | str", self.log_level))
+        for name in unknown:
+            _log.warning("the environment variable %s is no setting of Samovar and has no effect", name)
+
+    def configure(self, argv: list[str] | None) -> list[str]:
+        """Bring all configuration together; return the SAMOVAR_ variables that mean nothing. Raises StartError."""
         try:
             # Unwrapped: its decorator would print and exit with 1 by itself.
             inspect.unwrap(Application.parse_command_line)(self, argv)
             command_line = self.cli_config
             classes: list[type[Configurable]] = [type(self), *self.classes]
             environment, unknown = environment_config(classes, os.environ)
-            check_names(command_line, classes, "the command line")
+            check_names(command_line, classes, "the command line", [*self.aliases, *self.flags])
             merged = Config()
             for config in (self._file(command_line, environment, classes), environment, command_line):
                 merged.merge(config)
@@ -109,9 +138,7 @@ class GatewayApp(Application):
             raise bad_trait(error) from None
         if self.extra_args:
             raise bad_trait(TraitError(f"{self.extra_args[0]!r} is no option of samovar serve"))
-        _set_up_logging(cast("int | str", self.log_level))
-        for name in unknown:
-            _log.warning("the environment variable %s is no setting of Samovar and has no effect", name)
+        return unknown
 
     def start(self) -> None:
         """Serve until SIGINT or SIGTERM. Raises StartError."""
@@ -120,6 +147,29 @@ class GatewayApp(Application):
         except TraitError as error:
             raise bad_trait(error) from None
 
+    @property
+    def data_directory(self) -> Path:
+        """The directory of all that is kept on disk."""
+        return Path(self.data_dir).expanduser().absolute()
+
+    @property
+    def runtime_directory(self) -> Path | None:
+        """The directory of sockets; None: where it usually is."""
+        return Path(self.runtime_dir).expanduser().absolute() if self.runtime_dir else None
+
+    @property
+    def docker_url(self) -> str:
+        """The container engine's address."""
+        return str(self.config.get("DockerLauncher", {}).get("docker_url") or engine_url(os.environ))
+
+    @property
+    def provisioner_environment(self) -> dict[str, str]:
+        """The variables by which a provisioner does what this configuration says."""
+        found = {"SAMOVAR_LAUNCHER": str(self.launcher), "DOCKER_BASE_URL": self.docker_url}
+        if self.runtime_directory is not None:
+            found[ENVIRONMENT_NAME] = str(self.runtime_directory)
+        return found
+
     def gateway(self, report: Callable[[str], None]) -> Gateway:
         """A gateway with this configuration, not started."""
         settings = GatewaySettings(
@@ -127,8 +177,8 @@ class GatewayApp(Application):
             port=self.port,
             launcher=cast(LauncherKind, self.launcher),
             images=tuple(self.images),
-            data_directory=Path(self.data_dir).expanduser().absolute(),
-            runtime_directory=Path(self.runtime_dir).expanduser().absolute() if self.runtime_dir else None,
+            data_directory=self.data_directory,
+            runtime_directory=self.runtime_directory,
             api_key=self.api_key,
             drain_timeout=self.drain_timeout,
             local_monitoring=self.local_monitoring,
@@ -148,6 +198,12 @@ class GatewayApp(Application):
         for signum in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(signum, stop)
         asked = asyncio.create_task(stopping.wait(), name="wait for a signal")
+        try:
+            await self._serve(gateway, asked)
+        finally:
+            self.left = gateway.left
+
+    async def _serve(self, gateway: Gateway, asked: asyncio.Task[Any]) -> None:
         if not await _unless_asked(asked, gateway.start()):
             _say("Stopped before the gateway was ready.")
             return
@@ -162,7 +218,10 @@ class GatewayApp(Application):
             _say(f"Stopping: running cells are given up to {self.drain_timeout:g} s (Ctrl-C again: none).")
         finally:
             await gateway.stop()
-        _say("Stopped; nothing was left behind.")
+        if gateway.left:
+            _say("Stopped; the container engine did not confirm all removals: the next start removes what is left.")
+        else:
+            _say("Stopped; nothing was left behind.")
 
     def _announce(self, gateway: Gateway) -> None:
         if not gateway.isolated:

@@ -45,7 +45,7 @@ class ContainerImages:
                 )
         except BuildError as error:
             raise StartError(
-                f"The container image {image.tag} is missing and cannot be built: {error}", ExitCode.NO_IMAGE
+                f"The container image {image.tag} is missing and cannot be built: {error}", ExitCode.NO_INPUT
             ) from None
         except ENGINE_ERRORS as error:
             raise StartError(

@@ -24,7 +24,7 @@ class StartError(Exception):
 class ExitCode(enum.IntEnum):
     """What `samovar` exits with, after sysexits.h."""
 
-    NO_IMAGE = 66
+    NO_INPUT = 66
     NO_ENGINE = 69
     PORT_IN_USE = 71
     UNWRITABLE = 73

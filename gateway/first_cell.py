@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Any
 from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError
 
+from gateway.auth import KEY_FILE
 from kernelprovisioner.kernelspecs import KERNELSPEC_NAME
+from kernelprovisioner.launchers import DockerLauncher
+from kernelprovisioner.launchers.docker_engine import engine_url
 from kernelprovisioner.runtime import ENVIRONMENT_NAME, default_root
 
 if TYPE_CHECKING:
@@ -65,19 +68,21 @@ def _indented(text: str) -> str:
 
 def _shown(answer: dict[str, Any]) -> str:
     timings = answer["timings"]
+    source = {"started": "started for it, none was warm yet"}.get(answer["source"], answer["source"])
     return (
         f"Answer:\n{_indented(answer['stdout'] + answer['stderr'])}\n"
-        f"Status {answer['status']}, sandbox {str(answer['container_id'])[:12]} ({answer['source']}): "
+        f"Status {answer['status']}, sandbox {str(answer['container_id'])[:12]} ({source}): "
         f"claim {timings['claim_ms']:.1f} ms, run {timings['run_ms']:.1f} ms, total {timings['total_ms']:.1f} ms"
     )
 
 
 def _commands(gateway: Gateway) -> str:
-    notebook = shlex.quote(str(_example_notebook(gateway.settings.data_directory)))
+    example = _example_notebook(gateway.settings.data_directory)
+    notebook, done = shlex.quote(str(example)), shlex.quote(str(example.with_stem(f"{example.stem}-done")))
     python = shlex.quote(sys.executable)
     body = shlex.quote(json.dumps({"lang": "py", "code": "print(6 * 7)"}))
     curl = f"curl -s {_url(gateway)}/exec -H {_key_header(gateway)} -H 'Content-Type: application/json' -d {body}"
-    here = _same_runtime(gateway)
+    here = _same_runtime(gateway) + _same_engine(gateway)
     nbclient = (
         "import nbclient, nbformat as f; n = f.v4.new_notebook(cells=[f.v4.new_code_cell('print(6 * 7)')]); "
         f"nbclient.NotebookClient(n, kernel_name='{KERNELSPEC_NAME}').execute(); print(n.cells[0].outputs[-1].text)"
@@ -94,7 +99,8 @@ def _commands(gateway: Gateway) -> str:
             "# nbclient",
             f'{here}{python} -c "{nbclient}"',
             "# papermill",
-            f"{_installed('papermill', python)}{here}{python} -m papermill -k {KERNELSPEC_NAME} {notebook} -",
+            f"{_installed('papermill', python)}{here}{python} -m papermill -k {KERNELSPEC_NAME} --log-output "
+            f"{notebook} {done}",
             "# JupyterLab: choose the kernel Python 3 (sandbox)",
             f"{_installed('jupyterlab', python)}{here}{python} -m jupyterlab{root}",
             "",
@@ -127,10 +133,22 @@ def _url(gateway: Gateway) -> str:
 
 
 def _key_header(gateway: Gateway) -> str:
-    """The key itself is not printed: it is read from its file, or from the variable that it came from."""
+    """The key itself is not printed: it is read from its file."""
+    return f'"x-api-key: $(cat {shlex.quote(str(_key_file(gateway)))})"'
+
+
+def _key_file(gateway: Gateway) -> Path:
+    """Where the key is kept; one that was configured is copied to where only this user reads it, until the stop.
+
+    The second terminal may not have the variable that it came from. Not in the data directory: whoever configures a key
+    keeps it elsewhere, and expects no copy on the disk.
+    """
     if gateway.key.path is not None:
-        return f'"x-api-key: $(cat {shlex.quote(str(gateway.key.path))})"'
-    return '"x-api-key: $API_KEY"'
+        return gateway.key.path
+    path = gateway.launcher.owner.path / KEY_FILE
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "w") as file:
+        file.write(gateway.key.value + "\n")
+    return path
 
 
 def _same_runtime(gateway: Gateway) -> str:
@@ -140,8 +158,18 @@ def _same_runtime(gateway: Gateway) -> str:
     return "" if path == default_root(plain, os.geteuid()) else f"{ENVIRONMENT_NAME}={shlex.quote(str(path))} "
 
 
+def _same_engine(gateway: Gateway) -> str:
+    """What a client needs to find the engine by itself, should the gateway not run: else its code were not isolated."""
+    launcher = gateway.launcher
+    if not isinstance(launcher, DockerLauncher) or launcher.docker_url == engine_url({}):
+        return ""
+    return f"DOCKER_BASE_URL={shlex.quote(launcher.docker_url)} "
+
+
 def _installed(module: str, python: str) -> str:
-    return "" if importlib.util.find_spec(module) is not None else f"{python} -m pip install -q {module} && "
+    if importlib.util.find_spec(module) is not None:
+        return ""
+    return f"{python} -m pip install -q --disable-pip-version-check {module} && "
 
 
 def _missing_kernelspec() -> list[str]:

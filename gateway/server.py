@@ -9,7 +9,7 @@ import os
 import resource
 import socket
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from gateway.errors import ExitCode, StartError
 from gateway.handlers import make_application
 from gateway.handlers.base import Services
 from gateway.health import Check, Health
+from gateway.patience import Patience
 from gateway.sessions import SessionRegistry
 from gateway.settings import ExecutionSettings, PoolSettings, SandboxLimits
 from kernelprovisioner.claim_server import ClaimServer, SocketInUse
@@ -33,6 +34,7 @@ from kernelprovisioner.images import ImageError, KernelImage, read_images
 from kernelprovisioner.launchers import DockerLauncher, LauncherKind, make_launcher
 from kernelprovisioner.launchers.base import LaunchError
 from kernelprovisioner.launchers.configurable import ConfigurableLauncher
+from kernelprovisioner.patience import all_done
 from kernelprovisioner.pool import SandboxPool
 from kernelprovisioner.runtime import RuntimeDirectoryError, RuntimeRoot
 from kernelprovisioner.sandbox import Sandboxes
@@ -44,6 +46,8 @@ _IDLE_SECONDS = 120.0
 _MAX_CONNECTIONS = 1000
 #: Descriptors that are kept for the rest: sandboxes, the engine, files.
 _RESERVED_DESCRIPTORS = 512
+#: After the drain: how long the holders of claims have to read their last files and to hang up.
+_HOLDERS_SECONDS = 5.0
 #: After the drain: how long the last answers (their sandboxes are gone) may take to be sent.
 _LAST_ANSWERS_SECONDS = 5.0
 _log = logging.getLogger(__name__)
@@ -93,7 +97,11 @@ class Gateway:
         self._parent = parent
         self._report = report
         self._stack = AsyncExitStack()
+        #: set by a second Ctrl-C: neither cells nor removals are waited for
         self.hurry = asyncio.Event()
+        self._patience = Patience(self.hurry)
+        #: after `stop`: the sandboxes whose removal nobody has confirmed
+        self.left: list[str] = []
         self.images: dict[str, KernelImage] = {}
         self.pools: dict[str, SandboxPool] = {}
         self.port = settings.port
@@ -108,12 +116,19 @@ class Gateway:
         try:
             await self._start()
         except BaseException:
-            await self._stack.aclose()
+            self._patience.begin()
+            await self.stop()
             raise
 
     async def stop(self) -> None:
-        """Answer what was accepted, as far as the drain timeout lets it end; leave nothing behind."""
-        await self._stack.aclose()
+        """Answer what was accepted, as far as the drain timeout lets it end; leave nothing behind.
+
+        An engine that does not answer holds this up for 15 s after the drain; `left` is what then stays in it.
+        """
+        try:
+            await self._stack.aclose()
+        finally:
+            await self._patience.end()
 
     async def _start(self) -> None:
         settings, stack = self.settings, self._stack
@@ -138,7 +153,7 @@ class Gateway:
             await sandboxes.start()
         except LaunchError as error:
             raise StartError(f"No sandbox can be started: {error}", ExitCode.NO_ENGINE) from None
-        stack.push_async_callback(sandboxes.stop)
+        stack.push_async_callback(self._stop_sandboxes, sandboxes)
         if images is not None:
             for image in self.images.values():
                 await images.ensure(image)
@@ -147,7 +162,7 @@ class Gateway:
         sessions = SessionRegistry(self.pools, execution.cell_limits, line_timeout=pool_settings.line_timeout)
         for pool in self.pools.values():
             await pool.start()
-            stack.push_async_callback(pool.stop)
+            stack.push_async_callback(pool.stop, self._patience.over)
         claims = await self._serve_claims()
         services = Services(
             keys=KeyCheck({self.key.value: DEFAULT_OWNER}),
@@ -168,7 +183,7 @@ class Gateway:
             raise StartError(f"The claim socket is in use: {error}.", ExitCode.PORT_IN_USE) from None
         except OSError as error:
             raise StartError(f"The claim socket {claims.path} cannot be made: {error}.", ExitCode.UNWRITABLE) from None
-        self._stack.push_async_callback(claims.stop)
+        self._stack.push_async_callback(self._stop_claims, claims)
         return claims
 
     def _serve_http(self, services: Services, claims: ClaimServer, sockets: list[socket.socket]) -> None:
@@ -187,12 +202,30 @@ class Gateway:
         """No new connections; cells end, are cut off with their sandboxes, and are answered; then all hang up."""
         server.stop()
         await services.sessions.drain(self.settings.drain_timeout, self.hurry)
+        self._patience.begin()
         # Holders are told before their sandboxes go.
-        await claims.stop()
-        await asyncio.gather(*(pool.stop() for pool in self.pools.values()))
-        await services.sessions.drain(_LAST_ANSWERS_SECONDS, asyncio.Event())
+        await self._stop_claims(claims)
+        # A cell is cut off as soon as its sandbox is to go, whether or not the engine confirms it.
+        await asyncio.gather(
+            services.sessions.drain(_LAST_ANSWERS_SECONDS, asyncio.Event()),
+            *(pool.stop(self._patience.over) for pool in self.pools.values()),
+        )
         await services.answers.taken(_LAST_ANSWERS_SECONDS)
         await server.close_all_connections()
+
+    async def _stop_claims(self, claims: ClaimServer) -> None:
+        """Tell the holders; who has not read its last files by then gets no more time."""
+        stopping = asyncio.create_task(claims.stop(), name="stop claims")
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_HOLDERS_SECONDS):
+                await all_done([stopping], self._patience.over)
+        stopping.cancel()
+        (failure,) = await asyncio.gather(stopping, return_exceptions=True)
+        if isinstance(failure, Exception):
+            raise failure
+
+    async def _stop_sandboxes(self, sandboxes: Sandboxes) -> None:
+        self.left = await sandboxes.stop(self._patience.over)
 
     def _checks(self, images: ContainerImages | None) -> dict[str, Check]:
         async def engine() -> dict[str, Any]:
@@ -262,7 +295,7 @@ def _chosen_images(
     for name in names:
         if name not in there:
             listed = ", ".join(there) or "none"
-            raise StartError(f"There is no kernel image {name!r}; there is: {listed}.", ExitCode.NO_IMAGE)
+            raise StartError(f"There is no kernel image {name!r}; there is: {listed}.", ExitCode.NO_INPUT)
     return {name: limits.applied_to(image) for name, image in there.items() if not names or name in names}
 
 

@@ -179,6 +179,9 @@ class SessionRegistry:
     async def _execute(self, session: Session, cell: Cell, cancelled: asyncio.Future[None], asked: float) -> Execution:
         got_turn = time.monotonic()
         if session.deleted:
+            if session.sandbox is not None:
+                # It went while this request got its turn, when nobody else was to say so.
+                self._lose(session, session.sandbox, SandboxExit(ExitCause.REQUESTED), told=True)
             raise _deleted()
         pool = self._pools[session.image]
         sandbox = session.sandbox
@@ -206,7 +209,12 @@ class SessionRegistry:
         }
         if session.deleted and result.status is Status.DIED:
             result.note = ExitNote(ExitCause.REQUESTED, "The session was deleted while its cell ran.")
-        if result.note is not None and result.note.exit is not None:
+        if result.status is Status.CANCELLED and session.executions == 1 and session.entity_id is None:
+            # Its id was told to nobody, so nobody can come back to it.
+            session.deleted = True
+            self._sessions.pop((session.owner, session.id), None)
+            self._lose(session, sandbox, SandboxExit(ExitCause.REQUESTED), told=True)
+        elif result.note is not None and result.note.exit is not None:
             self._lose(session, sandbox, result.note.exit, told=result.status is not Status.CANCELLED)
         elif sandbox.exited.done():
             # It ended with its last cell: exit() answers first and ends then.

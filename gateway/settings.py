@@ -10,13 +10,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from traitlets import Dict, Float, Integer, TraitError, TraitType
+from traitlets import Dict, Integer, TraitError, TraitType
 from traitlets.config import Config, Configurable
 from traitlets.config.loader import ConfigFileNotFound, PyFileConfigLoader
 
 from gateway.errors import ExitCode, StartError
 from gateway.execution import CellLimits
 from kernelprovisioner.images import KernelImage, PoolBounds
+from kernelprovisioner.traits import FiniteFloat
 
 PREFIX = "SAMOVAR_"
 #: Names of the environment that other parts read, or that are set for processes we start.
@@ -63,7 +64,7 @@ class PoolSettings(Configurable):
     line_bound = Integer(
         None, min=1, allow_none=True, help="Requests that may wait for a sandbox; default: 4 times the maximum."
     ).tag(config=True)
-    line_timeout = Float(120.0, min=0.1, help="Seconds that a request may wait for a sandbox.").tag(config=True)
+    line_timeout = FiniteFloat(120.0, min=0.1, help="Seconds that a request may wait for a sandbox.").tag(config=True)
 
     def check_names(self, images: Iterable[str]) -> None:
         """Raise StartError where `bounds` names a kernel image that is not among `images`."""
@@ -102,7 +103,7 @@ class SandboxLimits(Configurable):
         allow_none=True,
         help="Memory in MiB; what the in-memory work directory may hold comes on top.",
     ).tag(config=True)
-    cpus = Float(None, min=0.05, max=1024, allow_none=True, help="CPU cores.").tag(config=True)
+    cpus = FiniteFloat(None, min=0.05, max=1024, allow_none=True, help="CPU cores.").tag(config=True)
     pids = Integer(None, min=8, max=1 << 16, allow_none=True, help="Processes and threads.").tag(config=True)
 
     def applied_to(self, image: KernelImage) -> KernelImage:
@@ -115,13 +116,13 @@ class SandboxLimits(Configurable):
 class ExecutionSettings(Configurable):
     """Bounds on one cell that comes by HTTP."""
 
-    max_execution_time = Float(60.0, min=0.1, help="Longest time limit of a cell in seconds, and the default.").tag(
-        config=True
-    )
-    interrupt_grace = Float(
+    max_execution_time = FiniteFloat(
+        60.0, min=0.1, help="Longest time limit of a cell in seconds, and the default."
+    ).tag(config=True)
+    interrupt_grace = FiniteFloat(
         5.0, min=0.1, help="Seconds that an interrupted cell has to end before its sandbox is killed."
     ).tag(config=True)
-    max_output_mb = Float(
+    max_output_mb = FiniteFloat(
         8.0,
         min=0.01,
         max=1024,
@@ -159,8 +160,14 @@ def environment_config(classes: Iterable[type[Configurable]], environ: Mapping[s
     return config, sorted(unknown)
 
 
+def environment_names(class_name: str, trait: str) -> list[str]:
+    """The environment variables that set a trait: those that code interpreters know, and last our own, which wins."""
+    known = [name for name, target in KNOWN_NAMES.items() if target == (class_name, trait)]
+    return [*known, environment_name(class_name, trait)]
+
+
 def environment_name(class_name: str, trait: str) -> str:
-    """The environment variable that sets a trait."""
+    """The environment variable of our own that sets a trait."""
     if class_name == "GatewayApp":
         return f"{PREFIX}{trait.upper()}"
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", class_name)
@@ -181,21 +188,21 @@ def file_config(path: Path) -> Config:
         raise _bad(f"{where}: {type(error).__name__}: {error}") from None
 
 
-def check_names(config: Config, classes: Iterable[type[Configurable]], where: str) -> None:
-    """Raise StartError for the first class or trait in `config` that does not exist."""
-    known = {cls.__name__: cls for cls in classes}
-    # A subclass is also set through the names of what it inherits from.
-    for cls in list(known.values()):
+def check_names(config: Config, classes: Iterable[type[Configurable]], where: str, options: Iterable[str] = ()) -> None:
+    """Raise StartError for the first class or trait in `config` that does not exist; `options` may be meant too."""
+    known: dict[str, set[str]] = {}
+    for cls in classes:
+        # A class is also set through the names of what it inherits from.
         for parent in cls.mro():
-            if isinstance(parent, type) and issubclass(parent, Configurable):
-                known.setdefault(parent.__name__, parent)
+            if issubclass(parent, Configurable):
+                settings = cls.class_traits(config=True).keys() & parent.class_traits(config=True).keys()
+                known.setdefault(parent.__name__, set()).update(settings)
     for section, values in config.items():
         if section not in known:
-            raise _bad(f"{where}: there is no option or class {section!r}{_nearest(section, known)}")
-        traits = known[section].class_traits(config=True)
+            raise _bad(f"{where}: there is no option or class {section!r}{_nearest(section, [*options, *known])}")
         for name in values:
-            if name not in traits:
-                raise _bad(f"{where}: {section} has no setting {name!r}{_nearest(name, traits)}")
+            if name not in known[section]:
+                raise _bad(f"{where}: {section} has no setting {name!r}{_nearest(name, known[section])}")
 
 
 def bad_trait(error: Exception) -> StartError:
@@ -206,8 +213,7 @@ def bad_trait(error: Exception) -> StartError:
 def _set(config: Config, target: tuple[str, str], trait: TraitType[Any, Any], variable: str, text: str) -> None:
     section, name = target
     if name == "log_level":
-        # As Python's logging calls it; traitlets knows the short name only.
-        text = text.upper().replace("WARNING", "WARN")
+        text = text.upper()
     config[section][name] = _parsed(trait, variable, text)
 
 

@@ -67,7 +67,6 @@ class _Wanted(msgspec.Struct):
     key: str
     wait: float = 120.0  # seconds
     mount: str | None = None
-    cwd_mode: str | None = None
     hold_ms: int = 0
     notice: str | None = None
     session_name: str | None = None
@@ -259,6 +258,7 @@ class _Connection:
         self._tasks: set[asyncio.Task[None]] = set()
         self._watch: asyncio.Task[None] | None = None
         self._told = asyncio.Event()
+        self._asked = False
 
     async def take(self, header: dict[str, Any], body: bytes) -> None:
         """Begin one request; waits while too many of this holder run."""
@@ -291,6 +291,13 @@ class _Connection:
 
     async def _answer(self, header: dict[str, Any], body: bytes) -> None:
         try:
+            await self._answer_one(header, body)
+        finally:
+            # After the answer has left: a holder that asks and never reads waits with us.
+            self._slots.release()
+
+    async def _answer_one(self, header: dict[str, Any], body: bytes) -> None:
+        try:
             fields, payload = await self._do(header, body)
             answer = {**fields, "id": header.get("id"), "ok": True}
         except BadClaim as error:
@@ -300,8 +307,6 @@ class _Connection:
             answer["retry_after"] = getattr(error, "retry_after", None)
         except (LaunchError, ClaimError, SupervisorError) as error:
             answer, payload = _no(header, error, "failed"), b""
-        finally:
-            self._slots.release()
         try:
             self._writer.write(pack(answer, payload))
             await self._writer.drain()
@@ -311,44 +316,55 @@ class _Connection:
 
     async def _do(self, header: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
         op = header.get("op")
-        if op == "claim":
-            if self.held is not None:
-                raise BadClaim("this connection holds a sandbox already")
-            self._hold(await self._server.claim(*_wanted(header, body)))
-        elif op == "resume":
-            if self.held is not None:
-                raise BadClaim("this connection holds a sandbox already")
-            self._hold(self._server.resumed(header.get("sandbox_id"), header.get("token")))
-        elif self.held is None:
+        if op in ("claim", "resume"):
+            return await self._take_up(header, body), b""
+        if self.held is None:
             raise BadClaim("this connection holds no sandbox")
-        elif op in RELAYED:
+        if op in RELAYED:
             fields = {name: header[name] for name in RELAYED[op] if name in header}
             reply, payload = await self.held.sandbox.supervisor.request(op, body, **fields)
             return {name: value for name, value in reply.items() if name not in ("id", "ok")}, payload
-        elif op in ("release", "destroy"):
+        if op in ("release", "destroy"):
             held, self.held = self.held, None
             if op == "release":
                 self._server.release_later(held, SandboxExit(ExitCause.REQUESTED))
             else:
                 await self._server._release(held, SandboxExit(ExitCause.REQUESTED))
             return {}, b""
-        else:
-            raise BadClaim(f"unknown operation {str(op)[:50]!r}")
-        assert self.held is not None
-        return self.held.answer.as_dict(), b""
+        raise BadClaim(f"unknown operation {str(op)[:50]!r}")
 
-    def _hold(self, held: _Held) -> None:
+    async def _take_up(self, header: dict[str, Any], body: bytes) -> dict[str, Any]:
+        """Claim or resume, once: requests of one connection overlap, and a second sandbox would have no holder."""
+        if self._asked:
+            raise BadClaim("this connection has its one sandbox already")
+        self._asked = True
+        try:
+            if header["op"] == "claim":
+                held = await self._server.claim(*_wanted(header, body))
+            else:
+                held = self._server.resumed(header.get("sandbox_id"), header.get("token"))
+        except BaseException:
+            self._asked = False
+            raise
         self.held = held
         held.connection = self
         self._watch = asyncio.create_task(self._tell_exit(held))
+        return held.answer.as_dict()
 
     async def _tell_exit(self, held: _Held) -> None:
         exit_ = await asyncio.shield(held.sandbox.exited)
         kernel_exit = held.sandbox.kernel_exit
-        self._writer.write(Ending(exit_, kernel_exit.unsent if kernel_exit is not None else ()).frame())
-        await self._writer.drain()
-        self._told.set()
-        await asyncio.sleep(_AFTER_EXIT_SECONDS)
+        loop = asyncio.get_running_loop()
+        end = loop.time() + _AFTER_EXIT_SECONDS
+        try:
+            self._writer.write(Ending(exit_, kernel_exit.unsent if kernel_exit is not None else ()).frame())
+            # A holder that is stopped never reads, and others wait for the place of its dead sandbox.
+            async with asyncio.timeout_at(end):
+                await self._writer.drain()
+            self._told.set()
+        except (TimeoutError, ConnectionError, FrameError) as error:
+            _log.info("a holder was not told of its sandbox's end: %s", error or "it does not read")
+        await asyncio.sleep(end - loop.time())
         self._server.release_later(held, exit_)
 
 

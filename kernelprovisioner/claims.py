@@ -148,8 +148,7 @@ class ClaimConnection(asyncio.Protocol):
     ) -> ClaimAnswer:
         """Return the sandbox that is ours from now on.
 
-        `fields`: cwd_mode, mount, hold_ms, notice, session_name. Raises ClaimRefused; NoGateway when the gateway
-        goes away.
+        `fields`: mount, hold_ms, notice, session_name. Raises ClaimRefused; NoGateway when the gateway goes away.
         """
         # In the body: an environment may be larger than a frame's header.
         body = json.dumps(dict(env)).encode()

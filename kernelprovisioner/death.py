@@ -1,4 +1,8 @@
-"""A dead kernel's endpoints: bound once more by its holder, to tell those who wait at them why it died."""
+"""A dead kernel's endpoints: bound once more by its holder, to tell those who wait at them why it died.
+
+The error reply goes to the ZeroMQ identity that is the cell's header session, as jupyter_client's sockets have it. A
+client whose identity is another one gets no reply, only the error and the idle status: nothing here knows its identity.
+"""
 
 from __future__ import annotations
 

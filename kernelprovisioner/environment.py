@@ -80,4 +80,10 @@ def allowed_in(image: KernelImage, env: Mapping[str, str]) -> dict[str, str]:
 
 
 def _is_sane(name: str, value: str) -> bool:
-    return bool(name) and "=" not in name and "\0" not in name and "\0" not in value
+    if not name or "=" in name or "\0" in name + value:
+        return False
+    try:
+        (name + value).encode()
+    except UnicodeEncodeError:
+        return False  # bytes that are no UTF-8 cannot travel in a message
+    return True

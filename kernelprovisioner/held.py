@@ -97,7 +97,6 @@ class GatewaySandbox:
                 env=wanted.env,
                 timeout=wanted.timeout,
                 mount=str(wanted.mount) if wanted.mount is not None else None,
-                cwd_mode="mount" if wanted.mount is not None else "work",
                 hold_ms=wanted.hold_ms,
                 notice=wanted.notice,
                 session_name=wanted.session_name,

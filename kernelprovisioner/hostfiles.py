@@ -146,20 +146,28 @@ class HostDirectory:
                 yield piece
 
     def incoming(self, parts: Sequence[str]) -> IncomingFile:
-        """Begin a file beside the place that `parts` names; missing directories are made. Raises OSError."""
-        with self._directory(parts[:-1], make=True) as directory:
-            return IncomingFile(directory, parts[-1])
+        """Begin a file that shall become `parts`; a directory that is missing is not made yet. Raises OSError.
+
+        It begins in the nearest directory that is there: on the same file system as its place.
+        """
+        parents = tuple(parts[:-1])
+        there = len(parents)
+        while True:
+            try:
+                with self._directory(parents[:there]) as directory:
+                    return IncomingFile(directory, parents, there)
+            except FileNotFoundError:
+                if there == 0:
+                    raise  # the work directory itself was removed
+                there -= 1
 
     @contextlib.contextmanager
-    def _directory(self, parts: Sequence[str], *, make: bool = False) -> Iterator[int]:
+    def _directory(self, parts: Sequence[str]) -> Iterator[int]:
         """Open a directory one name after the other, no link followed; closed at the end of the block."""
         with self._lock:
             fd = os.dup(self._fd)
         try:
             for name in parts:
-                if make:
-                    with contextlib.suppress(FileExistsError):
-                        os.mkdir(name, 0o777, dir_fd=fd)
                 below = os.open(name, _DIRECTORY, dir_fd=fd)
                 os.close(fd)
                 fd = below
@@ -169,11 +177,17 @@ class HostDirectory:
 
 
 class IncomingFile:
-    """A file that is being written under a hidden name, and takes its place whole or not at all."""
+    """A file that is being written under a hidden name, and takes its place whole or not at all.
 
-    def __init__(self, directory: int, name: str) -> None:
+    `missing` are the paths of the directories that have to be made for it; none is made before it is placed.
+    """
+
+    def __init__(self, directory: int, parents: Sequence[str], there: int) -> None:
+        """`directory` is open and is what the first `there` of its `parents` name."""
+        self.missing = tuple("/".join(parents[: count + 1]) for count in range(there, len(parents)))
+        self.written = 0
         self._directory = os.dup(directory)
-        self._name = name
+        self._place_directory: int | None = None
         self._temporary = f".samovar-{secrets.token_hex(8)}.part"
         self._fd = -1
         self._lock = threading.Lock()
@@ -188,16 +202,18 @@ class IncomingFile:
         with self._lock:
             view = memoryview(piece)
             while view:
-                view = view[os.write(self._fd, view) :]
+                count = os.write(self._fd, view)
+                self.written += count
+                view = view[count:]
 
     def equals(self, name: str) -> bool:
-        """Whether the file `name` beside it holds the same bytes."""
+        """Whether the file `name` at its place holds the same bytes. Raises OSError."""
         with self._lock:
-            return self._equals(name)
+            return self._equals(self._open_place(), name)
 
-    def _equals(self, name: str) -> bool:
+    def _equals(self, directory: int, name: str) -> bool:
         try:
-            other = os.open(name, _READ, dir_fd=self._directory)
+            other = os.open(name, _READ, dir_fd=directory)
         except OSError:
             return False
         with open(other, "rb", buffering=0) as there:
@@ -214,26 +230,44 @@ class IncomingFile:
     def place(self, name: str, expected: FileState | None) -> FileState | None:
         """Take the name, if the file there is still the one `expected` (None: if nothing is there).
 
-        Returns the new file's state, or None where the name belongs to something else by now. Raises OSError.
+        Makes the directories that are missing. Returns the new file's state, or None where the name belongs to
+        something else by now. Raises OSError.
         """
         with self._lock:
-            return self._place(name, expected)
+            return self._place(self._open_place(), name, expected)
 
-    def _place(self, name: str, expected: FileState | None) -> FileState | None:
+    def _open_place(self) -> int:
+        if self._place_directory is None:
+            directory = os.dup(self._directory)
+            try:
+                for path in self.missing:
+                    name = path.rpartition("/")[2]
+                    with contextlib.suppress(FileExistsError):
+                        os.mkdir(name, 0o777, dir_fd=directory)
+                    below = os.open(name, _DIRECTORY, dir_fd=directory)
+                    os.close(directory)
+                    directory = below
+            except OSError:
+                os.close(directory)
+                raise
+            self._place_directory = directory
+        return self._place_directory
+
+    def _place(self, directory: int, name: str, expected: FileState | None) -> FileState | None:
         if expected is None:
             try:
-                os.link(self._temporary, name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+                os.link(self._temporary, name, src_dir_fd=self._directory, dst_dir_fd=directory)
             except FileExistsError:
                 return None
             return FileState.of(os.fstat(self._fd))
         try:
-            status = os.stat(name, dir_fd=self._directory, follow_symlinks=False)
+            status = os.stat(name, dir_fd=directory, follow_symlinks=False)
         except FileNotFoundError:
-            return self._place(name, None)
+            return self._place(directory, name, None)
         if not stat.S_ISREG(status.st_mode) or FileState.of(status) != expected:
             return None
         os.fchmod(self._fd, stat.S_IMODE(status.st_mode) & 0o777)
-        os.rename(self._temporary, name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+        os.rename(self._temporary, name, src_dir_fd=self._directory, dst_dir_fd=directory)
         return FileState.of(os.fstat(self._fd))
 
     def close(self) -> None:
@@ -244,6 +278,8 @@ class IncomingFile:
                     os.unlink(self._temporary, dir_fd=self._directory)
                 os.close(self._fd)
                 os.close(self._directory)
+                if self._place_directory is not None:
+                    os.close(self._place_directory)
                 self._fd = -1
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from kernelprovisioner.launchers.base import Endpoint
 from kernelprovisioner.wire import KernelWire, Message, WireError
 
@@ -14,6 +16,8 @@ from kernelprovisioner.wire import KernelWire, Message, WireError
 _TOPICS = (b"kernel.", b"stream.")
 _MAX_RUNNING = 64
 _MAX_REMEMBERED = 4096
+#: Kernels' ids have some fifty characters; one that user code forged is not remembered.
+_MAX_ID = 256
 
 
 @dataclass
@@ -21,6 +25,14 @@ class RunningCell:
     """A cell that has begun and has no `idle` yet: its request's header, as its sender wrote it."""
 
     header: dict[str, Any]
+    execution_count: int | None = None
+
+
+class _Status(msgspec.Struct):
+    execution_state: str
+
+
+class _Input(msgspec.Struct):
     execution_count: int | None = None
 
 
@@ -66,10 +78,12 @@ class KernelMonitor:
         await self._wire.close()
 
     def _heard(self, message: Message) -> None:
+        if max(len(message.msg_id), len(message.parent_id)) > _MAX_ID:
+            return
         try:
             self._note(message)
         except WireError:
-            # Content that is not JSON tells us nothing; whoever it is meant for will say so.
+            # Content that cannot be read tells us nothing; whoever it is meant for will say so.
             return
 
     def _note(self, message: Message) -> None:
@@ -80,12 +94,11 @@ class KernelMonitor:
         elif message.parent_header.get("msg_type") != "execute_request":
             return
         elif message.msg_type == "status":
-            self._note_status(message, message.content.get("execution_state"))
+            self._note_status(message, message.content_as(_Status).execution_state)
         elif message.msg_type == "execute_input" and message.parent_id in self._running:
-            count = message.content.get("execution_count")
-            self._running[message.parent_id].execution_count = count if isinstance(count, int) else None
+            self._running[message.parent_id].execution_count = message.content_as(_Input).execution_count
 
-    def _note_status(self, message: Message, state: object) -> None:
+    def _note_status(self, message: Message, state: str) -> None:
         if state == "busy":
             self._running[message.parent_id] = RunningCell(message.parent_header)
             if len(self._running) > _MAX_RUNNING:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import os
 import secrets
 from collections import Counter
 from collections.abc import Callable, Coroutine
@@ -18,6 +19,7 @@ from typing import Any, assert_never
 from kernelprovisioner import sizing
 from kernelprovisioner.images import KernelImage, PoolBounds
 from kernelprovisioner.launchers.base import LaunchError, LaunchRequest
+from kernelprovisioner.patience import all_done, end
 from kernelprovisioner.pool_events import (
     ClaimAbandoned,
     ClaimAsked,
@@ -97,8 +99,8 @@ class _Waiting:
 class SandboxPool:
     """Keeps sandboxes of one image warm and hands each of them out once.
 
-    `bounds` are the image's own unless given; `line_bound` (default 4 × max) bounds the waiting line, `concurrency` the
-    starts under way, `start_timeout` (seconds) each of them.
+    `bounds` are the image's own unless given; `line_bound` (default 4 × max) bounds the waiting line, `concurrency`
+    (default: the cores of this machine) the starts under way, `start_timeout` (seconds) each of them.
     """
 
     def __init__(
@@ -108,7 +110,7 @@ class SandboxPool:
         *,
         bounds: PoolBounds | None = None,
         line_bound: int | None = None,
-        concurrency: int = 2,
+        concurrency: int | None = None,
         start_timeout: float = 60.0,
     ) -> None:
         bounds = bounds or image.pool
@@ -121,7 +123,7 @@ class SandboxPool:
             minimum=bounds.min,
             maximum=bounds.max,
             line_bound=4 * bounds.max if line_bound is None else line_bound,
-            concurrency=concurrency,
+            concurrency=max(2, os.cpu_count() or 1) if concurrency is None else concurrency,
             new_id=lambda: secrets.token_hex(8),
         )
         self._numbers = itertools.count(1)
@@ -142,22 +144,19 @@ class SandboxPool:
         """Begin to fill the pool in the background; returns at once."""
         self._handle(Tick())
 
-    async def stop(self, timeout: float = 60.0) -> None:
-        """Refuse all that wait, destroy every sandbox and return once the engine has confirmed it. Idempotent."""
+    async def stop(self, give_up: asyncio.Event | None = None) -> None:
+        """Refuse all that wait and destroy every sandbox; returns once the engine has confirmed it. Idempotent.
+
+        Once `give_up` is set nothing is waited for; `Sandboxes.stop` tells what stays.
+        """
         self._handle(Stop())
         if self._timer is not None:
             self._timer.cancel()
-        deadline = self._now() + timeout
         try:
-            while self._tasks and (left := deadline - self._now()) > 0:
-                await asyncio.wait(self._tasks, timeout=left)
+            while self._tasks and await all_done(self._tasks, give_up):
+                pass
         finally:
-            if self._tasks:
-                left_over = sorted(self._state.members)
-                logger.error("pool %s: not confirmed as removed: %s", self.image.name, ", ".join(left_over))
-            for task in list(self._tasks):
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await end(self._tasks)
 
     async def claim(
         self, owner: str, request: ClaimRequest, *, timeout: float = 120.0, mount: Path | None = None
@@ -320,7 +319,7 @@ class SandboxPool:
             self._start_seconds += 0.2 * (self._now() - began - self._start_seconds)
             self._sandboxes[sandbox.id] = sandbox
             sandbox.exited.add_done_callback(lambda _: self._handle(Exited(sandbox.id)))
-            self._handle(Started(sandbox.id))
+            self._handle(Started(sandbox.id, sandbox.template))
 
     def _start_failed(self, request: LaunchRequest, error: LaunchError) -> None:
         logger.warning("pool %s: sandbox %s: %s", self.image.name, request.sandbox_id, error)

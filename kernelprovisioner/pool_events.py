@@ -59,7 +59,10 @@ class ClaimSettled:
 
 @dataclass(frozen=True, slots=True)
 class Started:
+    """A sandbox is warm. `template` is what its image was built from: one that is rebuilt makes the others outdated."""
+
     sandbox: str
+    template: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ needs a sandbox of its own (a mounted directory), by the Start of that one.
 from __future__ import annotations
 
 import heapq
+import itertools
 from bisect import insort
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -58,7 +59,9 @@ class Member:
     """One sandbox that has a place. `gone` means that it is being removed."""
 
     id: str
+    number: int = 0  # in the order of their starts
     state: SandboxState = SandboxState.STARTING
+    template: str | None = None  # what its image was built from, known once it is warm
     owner: str | None = None
     claim: int | None = None  # the claim that it is for, until that is settled
     idle_since: float | None = None
@@ -103,6 +106,9 @@ class PoolState:
         self.retry_at = 0.0
         self.members: dict[str, Member] = {}
         self._new_id = new_id
+        self._numbers = itertools.count(1)
+        self._newest = 0  # of those that were ever warm, the one started last
+        self._template: str | None = None  # what it was built from
         self._line: dict[str, list[Waiter]] = {}  # by owner, in the order of asking
         self._given: dict[int, tuple[Waiter, str]] = {}  # out of the line, not settled: claim → its sandbox
         self._gave_up: Counter[str] = Counter()  # own sessions that an owner gave up for claims still in line
@@ -138,8 +144,8 @@ class PoolState:
             case ClaimSettled(claim):
                 if self.has_given(claim):
                     self.members[self._given.pop(claim)[1]].claim = None
-            case Started(sandbox):
-                out += self._started(sandbox)
+            case Started(sandbox, template):
+                out += self._started(sandbox, template)
             case StartFailed(sandbox):
                 out += self._start_failed(sandbox, now)
             case Touched(sandbox, idle_since):
@@ -195,16 +201,24 @@ class PoolState:
         insort(self._line.setdefault(waiter.owner, []), waiter)
         return out
 
-    def _started(self, sandbox: str) -> list[Instruction]:
+    def _started(self, sandbox: str, template: str | None) -> list[Instruction]:
         if not self._is(sandbox, SandboxState.STARTING):
             return []  # given up meanwhile: its removal is under way
         member = self.members[sandbox]
         member.become(SandboxState.WARM)
+        member.template = template
         self.failures, self.retry_at = 0, 0.0
-        if member.claim is None:
-            return []
-        member.become(SandboxState.CLAIMED)
-        return [Give(sandbox, member.claim, Source.COLD)]
+        out: list[Instruction] = []
+        if member.claim is not None:
+            member.become(SandboxState.CLAIMED)
+            out.append(Give(sandbox, member.claim, Source.COLD))
+        if member.number > self._newest:
+            self._newest, self._template = member.number, template
+        # The image was rebuilt meanwhile. Judged by who was started last: an older one may be the last to be warm.
+        for other in list(self.members.values()):
+            if other.state is SandboxState.WARM and other.template != self._template:
+                out += self._remove(other.id, ExitCause.REQUESTED)
+        return out
 
     def _start_failed(self, sandbox: str, now: float) -> list[Instruction]:
         if not self._is(sandbox, SandboxState.STARTING):
@@ -295,7 +309,10 @@ class PoolState:
         room = self.maximum - len(self.members) + unclaimed - reserved
         self.want = sizing.wanted(self.minimum, in_line, room)
         if not backing_off:
-            out += [self._start(None) for _ in range(sizing.starts_now(self.want.count, unclaimed, slots))]
+            starts = sizing.starts_now(
+                self.want.count, in_line, unclaimed, self.concurrency - slots, self.concurrency
+            )
+            out += [self._start(None) for _ in range(starts)]
         return out
 
     def _fair_order(self, held: Counter[str]) -> Iterator[Waiter]:
@@ -334,7 +351,7 @@ class PoolState:
         return Give(member.id, waiter.claim, source)
 
     def _start(self, waiter: Waiter | None) -> Start:
-        member = Member(self._new_id())
+        member = Member(self._new_id(), next(self._numbers))
         self.members[member.id] = member
         if waiter is not None:
             member.owner, member.claim = waiter.owner, waiter.claim

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import os
 import threading
@@ -21,13 +22,19 @@ from kernelprovisioner.held import GatewaySandbox, HeldSandbox, OwnSandbox, Want
 from kernelprovisioner.holder import KernelHolder, link_of, remove_dead_links
 from kernelprovisioner.images import find_image
 from kernelprovisioner.launchers import LauncherKind, make_launcher
+from kernelprovisioner.launchers.configurable import CHANNELS
+from kernelprovisioner.launchers.process import PROCESS_ID_PREFIX
 from kernelprovisioner.loop_thread import LoopThread
-from kernelprovisioner.relay import CHANNEL_NUMBERS
 from kernelprovisioner.runtime import RuntimeRoot
 from kernelprovisioner.workdir import MODES, WorkDirectory, refusal
 
 #: Shell requests wait so long after a restart: clients' sockets come back to the new sandbox. In milliseconds.
 HOLD_MS = 250
+#: Printed in the first cell where nobody asked for plain processes.
+NOT_ISOLATED = (
+    "samovar: this kernel is NOT ISOLATED: no container engine answers, so it is a plain process of yours."
+    " Start Docker, or set DOCKER_BASE_URL.\n"
+)
 _CLOSE_SECONDS = 60.0
 _EXIT_SECONDS = 15.0
 _log = logging.getLogger(__name__)
@@ -73,6 +80,7 @@ class SandboxProvisioner(KernelProvisionerBase):
         self._holder: KernelHolder | None = None
         self._finalizer: weakref.finalize[..., Any] | None = None
         self._launched_before = False
+        self._isolated_before = False
 
     @property
     def has_process(self) -> bool:
@@ -102,7 +110,7 @@ class SandboxProvisioner(KernelProvisionerBase):
         if manager is not None:
             manager.transport = "ipc"
             manager.ip = str(link_of(root, self.kernel_id) / "k")
-            for name, number in CHANNEL_NUMBERS.items():
+            for number, name in enumerate(CHANNELS, start=1):
                 setattr(manager, f"{name}_port", number)
             manager.write_connection_file(jupyter_session=kwargs["env"].get("JPY_SESSION_NAME", ""))
             self.connection_info = manager.get_connection_info()
@@ -126,6 +134,7 @@ class SandboxProvisioner(KernelProvisionerBase):
         self.container_id = holder.held.container_id
         self.sandbox_id = holder.held.sandbox_id
         self._launched_before = True
+        self._isolated_before = not self.container_id.startswith(PROCESS_ID_PREFIX)
         self._finalizer = weakref.finalize(self, _end_behind, thread, holder)
         self._finalizer.atexit = False  # _end_all is what ends them, earlier
         _open[thread] = holder
@@ -248,7 +257,11 @@ class SandboxProvisioner(KernelProvisionerBase):
                 raise
             self.log.info("%s; launching a sandbox", error)
         image = find_image(wanted.image)
-        launcher = await make_launcher(cast(LauncherKind, self.launcher), root)
+        # A restart must not take a person's code out of its container: then rather no kernel.
+        kind = "docker" if self.launcher == "auto" and self._isolated_before else self.launcher
+        launcher = await make_launcher(cast(LauncherKind, kind), root)
+        if kind == "auto" and launcher.name == "process":
+            wanted = dataclasses.replace(wanted, notice=NOT_ISOLATED + (wanted.notice or ""))
         return await OwnSandbox.launch(launcher, image, wanted)
 
     async def _in_thread(self, work: Coroutine[Any, Any, T]) -> T:

@@ -12,10 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from kernelprovisioner.launchers.base import Endpoint
+from kernelprovisioner.launchers.configurable import CHANNELS
 from kernelprovisioner.runtime import check_socket_path
 
-#: Jupyter's ipc "ports" in the order of a sandbox's sockets.
-CHANNEL_NUMBERS = {"shell": 1, "iopub": 2, "stdin": 3, "control": 4, "hb": 5}
 _PIECE = 64 * 1024
 
 
@@ -28,7 +27,7 @@ class EndpointRelay:
 
     async def start(self, directory: Path, channels: Mapping[str, Endpoint]) -> None:
         """Raises OSError."""
-        for name, number in CHANNEL_NUMBERS.items():
+        for number, name in enumerate(CHANNELS, start=1):
             path = check_socket_path(directory / f"k-{number}")
             endpoint = channels[name]
 

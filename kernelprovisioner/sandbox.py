@@ -14,6 +14,7 @@ from typing import Any
 
 from kernelprovisioner.images import KernelImage
 from kernelprovisioner.launchers.base import Launched, Launcher, LaunchError, LaunchRequest
+from kernelprovisioner.patience import all_done, end
 from kernelprovisioner.sandbox_exit import ExitCause, SandboxExit
 from kernelprovisioner.supervisor import KernelExit, SupervisorClient, SupervisorError
 from kernelprovisioner.warming import prove, unless_ended
@@ -72,7 +73,9 @@ class ClaimRequest:
 class Sandbox:
     """One sandbox, connected. Made by `Sandboxes.launch`; whoever holds it calls `destroy` in the end."""
 
-    def __init__(self, launched: Launched, supervisor: SupervisorClient, wire: KernelWire, owner: Sandboxes) -> None:
+    def __init__(
+        self, launched: Launched, supervisor: SupervisorClient, wire: KernelWire, sandboxes: Sandboxes
+    ) -> None:
         self.launched = launched
         self.supervisor = supervisor
         self.wire = wire
@@ -82,7 +85,7 @@ class Sandbox:
         self.kernel_exit: KernelExit | None = None
         #: a holder that still reads the files of a sandbox that ended: `destroy` waits for it, bounded
         self.last_use: asyncio.Future[None] | None = None
-        self._owner = owner
+        self._sandboxes = sandboxes
         self._destroying: asyncio.Task[None] | None = None
 
     @property
@@ -92,6 +95,11 @@ class Sandbox:
     @property
     def image(self) -> KernelImage:
         return self.launched.image
+
+    @property
+    def template(self) -> str | None:
+        """What its image was built from, where that is known."""
+        return self.launched.template
 
     @property
     def container_id(self) -> str:
@@ -162,7 +170,7 @@ class Sandbox:
         if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
             # A removal that failed (the engine was away) is tried again by whoever asks next.
             self._end(cause or SandboxExit(ExitCause.REQUESTED))
-            task = self._destroying = asyncio.create_task(self._destroy(), name=f"destroy {self.id}")
+            task = self._destroying = self._sandboxes.run(self._destroy())
         # Shielded: a caller that is cancelled must not leave half a sandbox behind.
         await asyncio.shield(task)
 
@@ -171,8 +179,8 @@ class Sandbox:
             await asyncio.wait({self.last_use}, timeout=_LAST_USE_SECONDS)
         await self.wire.close()
         self.supervisor.close()
-        await self._owner.launcher.destroy(self.launched)
-        self._owner.forget(self)
+        await self._sandboxes.launcher.destroy(self.launched)
+        self._sandboxes.forget(self)
 
     def _end(self, cause: SandboxExit) -> None:
         if self.state is not SandboxState.GONE:
@@ -190,7 +198,7 @@ class Sandbox:
         await prove(self.wire)
         if self.launched.transport == "ipc":
             os.chmod(self.launched.directory, stat.S_IRUSR | stat.S_IXUSR | 0o055)
-        await self._owner.launcher.warmed(self.launched)
+        await self._sandboxes.launcher.warmed(self.launched)
         self._move(SandboxState.WARM)
 
     async def _watch(self, container_ended: asyncio.Future[SandboxExit]) -> None:
@@ -214,7 +222,7 @@ class Sandbox:
             return SandboxExit(cause, kernel_exit.code, kernel_exit.signal)
         deadline = asyncio.get_running_loop().time() + _EVIDENCE_SECONDS
         while asyncio.get_running_loop().time() < deadline and not container_ended.done():
-            if self._owner.launcher.was_out_of_memory(self.launched, within=_OUT_OF_MEMORY_SECONDS):
+            if self._sandboxes.launcher.was_out_of_memory(self.launched, within=_OUT_OF_MEMORY_SECONDS):
                 return SandboxExit(ExitCause.OUT_OF_MEMORY, None, signal.SIGKILL, await self._memory_evidence())
             await asyncio.sleep(0.01)
         if container_ended.done():
@@ -268,16 +276,23 @@ class Sandboxes:
             await asyncio.shield(self.run(self._abandon(launched)))
             raise
 
-    async def stop(self) -> None:
-        """Destroy every sandbox that lives and stop the launcher; what an engine that is away keeps is reaped later."""
-        cause = SandboxExit(ExitCause.GATEWAY)
-        endings = (sandbox.destroy(cause) for sandbox in self.live)
-        for failure in await asyncio.gather(*endings, return_exceptions=True):
-            if failure is not None:
-                _log.warning("a sandbox could not be removed: %s", failure)
-        while self._tasks:
-            await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self.launcher.stop()
+    async def stop(self, give_up: asyncio.Event | None = None) -> list[str]:
+        """Destroy every sandbox that lives and stop the launcher.
+
+        Once `give_up` is set no removal is waited for. Returns the sandboxes that stay; the next start reaps them.
+        """
+        for sandbox in self.live:
+            self.run(self._end_at_stop(sandbox))
+        while self._tasks and await all_done(self._tasks, give_up):
+            pass
+        await end(self._tasks)
+        left = await self.launcher.stop(give_up)
+        if left:
+            _log.warning(
+                "not confirmed as removed, so that the next start removes what is left of them: the sandboxes %s",
+                ", ".join(left),
+            )
+        return left
 
     def run(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run small work of a sandbox's life in a task that is owned here."""
@@ -335,6 +350,13 @@ class Sandboxes:
         ended = self._container_ended.pop(launched.sandbox_id, None)
         if ended is not None:
             ended.cancel()
+
+    async def _end_at_stop(self, sandbox: Sandbox) -> None:
+        try:
+            await sandbox.destroy(SandboxExit(ExitCause.GATEWAY))
+        except Exception as error:
+            # The launcher tries once more; what stays then is told in one line.
+            _log.debug("sandbox %s could not be removed: %s", sandbox.id, error)
 
     def _ended(self, sandbox_id: str, cause: SandboxExit) -> None:
         ended = self._container_ended.get(sandbox_id)

@@ -29,9 +29,21 @@ def wanted(minimum: int, waiting: int, room: int) -> Want:
     return Want(max(room, 0), f"{why}, but max leaves room for {max(room, 0)}")
 
 
-def starts_now(want: int, unclaimed: int, slots: int) -> int:
-    """Return how many to start now: what is missing of `want`, at most `slots` at once."""
-    return max(0, min(want - unclaimed, slots))
+def starts_now(want: int, waiting: int, unclaimed: int, starting: int, concurrency: int) -> int:
+    """Return how many to start now, where `starting` are under way and `concurrency` may be.
+
+    What claims wait for takes all of it. Where nobody waits half of it does (at least one): cores that start spare
+    sandboxes are missing to those at work.
+    """
+    for_line = max(0, min(min(want, waiting) - unclaimed, concurrency - starting))
+    missing = want - unclaimed - for_line
+    spare = max(0, min(missing, refill_concurrency(concurrency) - starting - for_line))
+    return for_line + spare
+
+
+def refill_concurrency(concurrency: int) -> int:
+    """Return how many spare sandboxes may be starting at once."""
+    return max(1, concurrency // 2)
 
 
 def backoff(failures: int) -> float:

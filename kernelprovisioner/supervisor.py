@@ -12,8 +12,6 @@ from samovar_kernel.frames import FrameError, FrameReader, pack
 from kernelprovisioner import endpoints
 from kernelprovisioner.launchers.base import Endpoint
 
-#: Files go in and out in pieces of this size.
-PIECE = 1024 * 1024
 _RETRY_SECONDS = 0.01
 _MAX_PENDING = 64
 
@@ -32,15 +30,6 @@ class KernelExit:
     code: int | None
     signal: int | None
     unsent: tuple[dict[str, Any], ...] = ()
-
-
-@dataclass(frozen=True)
-class FileEntry:
-    """A regular file of the work directory: path relative to it, size in bytes, modification time in nanoseconds."""
-
-    path: str
-    size: int
-    mtime_ns: int
 
 
 def remaining_output(
@@ -128,46 +117,6 @@ class SupervisorClient(asyncio.Protocol):
         """Send a signal to the kernel's process group."""
         await self.request("signal", signum=signum)
 
-    async def put_file(self, path: str, data: bytes, *, mtime_ns: int | None = None) -> None:
-        """Write a whole file into the work directory. Raises SupervisorError (a full work directory: No space left)."""
-        for offset in range(0, max(len(data), 1), PIECE):
-            final = offset + PIECE >= len(data)
-            await self.request(
-                "put", data[offset : offset + PIECE], path=path, offset=offset, final=final, mtime_ns=mtime_ns
-            )
-
-    async def get_file(self, path: str, *, limit: int) -> bytes:
-        """Return a file of the work directory. Raises SupervisorError, also where it has more than `limit` bytes."""
-        content = bytearray()
-        while True:
-            header, piece = await self.request("get", path=path, offset=len(content), size=PIECE)
-            content += piece
-            if len(content) > limit:
-                raise SupervisorError(f"{path} has more than {limit} bytes")
-            if header.get("eof") or not piece:
-                return bytes(content)
-
-    async def list_files(self, *, limit: int) -> list[FileEntry]:
-        """Return at most `limit` regular files of the work directory, sorted by path. Their names are not trusted."""
-        entries: list[FileEntry] = []
-        after: str | None = None
-        while len(entries) < limit:
-            header, body = await self.request("list", after=after, limit=min(limit - len(entries), 2000))
-            page = _file_entries(body)
-            entries += page
-            if not page or not header.get("more"):
-                break
-            after = page[-1].path
-        return entries[:limit]
-
-    async def exit(self) -> None:
-        """Ask the supervisor to kill its kernel and to end; returns when the stream has closed, or after 2 s."""
-        if self._transport is None or self._transport.is_closing():
-            return
-        self._count += 1
-        self._send({"op": "exit", "id": self._count})
-        await asyncio.wait({self.gone}, timeout=2.0)
-
     def close(self) -> None:
         if self._transport is not None:
             self._transport.abort()
@@ -237,11 +186,3 @@ def _is_record(record: object) -> bool:
         and isinstance(record.get("text"), str)
         and isinstance(record.get("parent"), dict)
     )
-
-
-def _file_entries(body: bytes) -> list[FileEntry]:
-    try:
-        page = json.loads(body)
-        return [FileEntry(str(path), int(size), int(mtime_ns)) for path, size, mtime_ns in page]
-    except (ValueError, TypeError, RecursionError) as error:
-        raise SupervisorError(f"the supervisor's list of files cannot be read: {error}") from None

@@ -70,11 +70,6 @@ class Message:
         return str(self.parent_header.get("msg_id", ""))
 
     @cached_property
-    def metadata(self) -> dict[str, Any]:
-        """Raises WireError where it is not a JSON object."""
-        return _decode(self._frames[2])
-
-    @cached_property
     def content(self) -> dict[str, Any]:
         """Decoded as a whole, however large that makes it: `content_as` is for what user code may have sent.
 
@@ -105,11 +100,6 @@ class Message:
     @property
     def buffers(self) -> Sequence[bytes]:
         return self._frames[4:]
-
-    @property
-    def size(self) -> int:
-        """Bytes of the message's parts."""
-        return sum(map(len, self._frames))
 
 
 Listener = Callable[[Message], None]
@@ -216,7 +206,10 @@ class KernelWire:
             "date": datetime.now(UTC).isoformat(),
             "version": _PROTOCOL_VERSION,
         }
-        parts = [_encode(header), b"{}", _encode(metadata or {}), _encode(content)]
+        try:
+            parts = [_encode(header), b"{}", _encode(metadata or {}), _encode(content)]
+        except UnicodeEncodeError as error:
+            raise WireError(f"{msg_type} cannot be sent: it has text that is not Unicode ({error.reason})") from None
         connection.send([_DELIMITER, self._sign(parts), *parts, *buffers])
         return msg_id
 

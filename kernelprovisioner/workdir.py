@@ -1,4 +1,10 @@
-"""The work directory `copy`: what goes into a sandbox at its claim, and what comes back from it."""
+"""The work directory `copy`: what goes into a sandbox at its claim, and what comes back from it.
+
+What comes back was written by code that nobody trusts. It is bounded, hidden names and those that programs run by
+themselves stay out, and what changed on the host stays. It still is that code's: a `random.py` shadows the
+standard library's for a Python that is started in this directory, a `conftest.py` or `Makefile` is run by whoever runs
+it. No list of names could end that: look at what came back before you run it.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +13,22 @@ import fnmatch
 import json
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from kernelprovisioner.hostfiles import Bounds, FileState, HostDirectory, Scan, is_text
+from kernelprovisioner.hostfiles import Bounds, FileState, HostDirectory, IncomingFile, Scan, is_text
 
 MODES = ("copy", "empty", "mount")
 MIB = 1024 * 1024
 INTO = Bounds(files=2000, total_bytes=64 * MIB, file_bytes=32 * MIB)
-#: What a sandbox may leave on the host: counted over its whole life, by what lies there.
+#: What a sandbox may leave on the host, directories counted as files: over its whole life, by what lies there. One
+#: round spends no more than that on files which then do not come.
 BACK = Bounds(files=5000, total_bytes=1024 * MIB, file_bytes=256 * MIB)
 _PAGE = 2000
+#: Characters of all names that one listing holds: they are in memory together.
+_LISTED_CHARACTERS = 8 * MIB
 _log = logging.getLogger(__name__)
 
 #: Directories that belong to the machine, not to a notebook: refused themselves.
@@ -33,14 +42,19 @@ _MACHINE = frozenset(
 )
 #: … and these with everything below them.
 _MACHINE_TREES = ("/boot", "/dev", "/etc", "/proc", "/sys")
-#: Names that a tool on the host would run by itself when it is next started in this directory.
+#: Names that a tool on the host would run by itself when it is next started in this directory: files and directories.
 _RUN_BY_TOOLS = (
     "jupyter*config*.py",
     "jupyter*config*.json",
+    "jupyter*config*.d",
     "ipython*config*.py",
-    "sitecustomize.py",
-    "usercustomize.py",
+    "ipython*config*.json",
+    "pyvenv.cfg",
 )
+#: … modules that each Python imports when it starts: source, bytecode, extension or package …
+_IMPORTED_BY_PYTHON = frozenset({"sitecustomize", "usercustomize"})
+#: … and the directories whose `*.pth` it runs. Elsewhere these are PyTorch's models, which are to come back.
+_PACKAGES = frozenset({"site-packages", "dist-packages"})
 
 
 class Request(Protocol):
@@ -82,9 +96,20 @@ def checked_name(path: object) -> tuple[str, ...]:
             raise HostileName("a hidden name")
         if len(part.encode()) > 255:
             raise HostileName("a name of more than 255 bytes")
-    if any(fnmatch.fnmatchcase(parts[-1].lower(), pattern) for pattern in _RUN_BY_TOOLS):
+        if part.startswith("-") or part != part.strip():
+            # a shell's `*` makes an option of it, or two names
+            raise HostileName("a name with a dash before it or a blank at its ends")
+    if _runs_by_itself([part.casefold() for part in parts]):
         raise HostileName("a name that programs on the host run by themselves")
     return parts
+
+
+def _runs_by_itself(parts: list[str]) -> bool:
+    if any(part.partition(".")[0] in _IMPORTED_BY_PYTHON for part in parts):
+        return True
+    if any(fnmatch.fnmatchcase(part, pattern) for part in parts for pattern in _RUN_BY_TOOLS):
+        return True
+    return parts[-1].endswith(".pth") and not _PACKAGES.isdisjoint(parts[:-1])
 
 
 def beside(path: str, number: int) -> str:
@@ -115,11 +140,16 @@ def notice_of(scan: Scan, directory: Path) -> str | None:
 
 @dataclass
 class Returned:
-    """What one round of bringing back did: paths written, kept beside (with which name), not taken (and why)."""
+    """What one round of bringing back did: paths written, kept beside (with which name), not taken (and why).
+
+    `failed` files were fetched for nothing, `failed_bytes` in all: they changed meanwhile, or had no place.
+    """
 
     written: list[str] = field(default_factory=list)
     kept_beside: dict[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    failed: int = 0
+    failed_bytes: int = 0
 
 
 class WorkDirectory:
@@ -134,6 +164,7 @@ class WorkDirectory:
         self._synced: dict[str, FileState] = {}  # the host's files at the same moment
         self._target: dict[str, str] = {}  # sandbox path → host path, where they differ
         self._returned: dict[str, int] = {}  # host path → bytes that came back
+        self._made: set[str] = set()  # the host's directories that were made for them
         self._told: set[str] = set()
         self._round = asyncio.Lock()
 
@@ -173,9 +204,15 @@ class WorkDirectory:
         """Write new and changed files back. Raises what `request` raises; what was written by then stays."""
         async with self._round:
             report = Returned()
-            for path, size, mtime_ns in await _list(request):
+            listed = await _list(request)
+            # Else a sandbox that has other names in each round would fill our memory with them.
+            self._seen = {path: self._seen[path] for path, _, _ in listed if path in self._seen}
+            for path, size, mtime_ns in listed:
                 if self._seen.get(path) == (size, mtime_ns):
                     continue
+                if report.failed >= BACK.files or report.failed_bytes >= BACK.total_bytes:
+                    _log.warning("%d files of a sandbox were fetched for nothing: the rest has to wait", report.failed)
+                    break
                 try:
                     await self._bring_one(request, path, size, mtime_ns, report)
                 except HostileName as error:
@@ -196,14 +233,22 @@ class WorkDirectory:
             raise HostileName(f"larger than {BACK.file_bytes // MIB} MiB")
         target = self._target.get(path, path)
         others = sum(self._returned.values()) - self._returned.get(target, 0)
-        if others + size > BACK.total_bytes or (target not in self._returned and len(self._returned) >= BACK.files):
-            raise HostileName(f"past {BACK.files} files or {BACK.total_bytes // MIB} MiB in all")
+        if others + size > BACK.total_bytes or not self._has_room(target):
+            raise HostileName(f"past {BACK.files} files and directories or {BACK.total_bytes // MIB} MiB in all")
         incoming = await asyncio.to_thread(self._host.incoming, parts)
+        placed = None
         try:
+            if not self._has_room(target, incoming.missing):
+                raise HostileName(f"past {BACK.files} files and directories or {BACK.total_bytes // MIB} MiB in all")
             if not await _fetch(request, path, size, mtime_ns, incoming.write):
                 return  # it changed while it was read: the next round has it
+            # Before they are made: whatever comes of the file, they stay.
+            self._made.update(incoming.missing)
             placed = await asyncio.to_thread(self._place, incoming, path, target)
         finally:
+            if placed is None:
+                report.failed += 1
+                report.failed_bytes += incoming.written
             await asyncio.to_thread(incoming.close)
         self._seen[path] = (size, mtime_ns)
         self._returned[placed] = size
@@ -214,7 +259,12 @@ class WorkDirectory:
         else:
             report.kept_beside[path] = placed
 
-    def _place(self, incoming: Any, path: str, target: str) -> str:
+    def _has_room(self, target: str, missing: Collection[str] = ()) -> bool:
+        """Whether a file and the directories that are missing for it may be added to what lies on the host."""
+        new = (target not in self._returned) + sum(path not in self._made for path in missing)
+        return new == 0 or len(self._returned) + len(self._made) + new <= BACK.files
+
+    def _place(self, incoming: IncomingFile, path: str, target: str) -> str:
         """Put the file where it belongs, or beside what must not be overwritten; return its path on the host."""
         number = 0
         name = target
@@ -255,10 +305,15 @@ async def _fetch(request: Request, path: str, size: int, mtime_ns: int, write: C
 
 
 async def _list(request: Request) -> list[tuple[str, int, int]]:
-    """Return what the sandbox says lies in its work directory, bounded; what is no entry at all is dropped."""
+    """Return what the sandbox says lies in its work directory, bounded; what is no entry at all is dropped.
+
+    So is what is not behind its predecessor in the order of a walk: no name comes twice.
+    """
     entries: list[tuple[str, int, int]] = []
     after: str | None = None
-    while len(entries) < BACK.looked_at:
+    last: list[str] = []
+    characters = 0
+    while len(entries) < BACK.looked_at and characters < _LISTED_CHARACTERS:
         fields: dict[str, Any] = {"limit": _PAGE} if after is None else {"limit": _PAGE, "after": after}
         header, body = await request("list", **fields)
         try:
@@ -270,8 +325,10 @@ async def _list(request: Request) -> list[tuple[str, int, int]]:
         before = len(entries)
         for entry in page[:_PAGE]:
             match entry:
-                case [str(path), int(size), int(mtime_ns)] if size >= 0 and (after is None or path > after):
+                case [str(path), int(size), int(mtime_ns)] if size >= 0 and path.split("/") > last:
                     entries.append((path, size, mtime_ns))
+                    last = path.split("/")
+                    characters += len(path)
         if not header.get("more") or len(entries) == before:
             break
         after = entries[-1][0]

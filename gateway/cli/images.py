@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import docker
 
-from gateway.errors import ExitCode
-from gateway.settings import default_data_directory
+from gateway.cli.configuration import add_option, configured
+from gateway.errors import ExitCode, StartError
 from kernelprovisioner.build_error import BuildError
 from kernelprovisioner.image_builder import ImageBuilder
 from kernelprovisioner.image_check import verify_image
 from kernelprovisioner.images import ImageError, KernelImage, find_image, read_images
-from kernelprovisioner.launchers.docker_engine import ENGINE_ERRORS, engine_url, explain
+from kernelprovisioner.launchers.docker_engine import ENGINE_ERRORS, explain
 
 _ENGINE_TIMEOUT = 60
 
@@ -27,13 +25,16 @@ def main(argv: Sequence[str]) -> int:
     """Run `samovar images build|list|verify`; return the exit code."""
     arguments = _parser().parse_args(argv)
     try:
+        app = configured(arguments)
         images = [find_image(arguments.name)] if arguments.name else list(read_images().values())
+    except StartError as error:
+        return _fail(str(error), error.exit_code)
     except ImageError as error:
         return _fail(str(error), ExitCode.CONFIGURATION)
-    url = engine_url(os.environ)
+    url = app.docker_url
     try:
         with _engine(url) as engine:
-            builder = ImageBuilder(engine, data_directory(os.environ), _say)
+            builder = ImageBuilder(engine, app.data_directory, _say)
             command: Callable[..., int] = arguments.run
             return command(arguments, images, builder, engine)
     except BuildError as error:
@@ -45,13 +46,9 @@ def main(argv: Sequence[str]) -> int:
         return _fail("interrupted; what was built so far is used again by the next build", 130)
 
 
-def data_directory(environ: Mapping[str, str]) -> Path:
-    """Where wheels are kept between builds: SAMOVAR_DATA_DIR, else the user's directory for data."""
-    return Path(environ.get("SAMOVAR_DATA_DIR") or default_data_directory(environ)).expanduser().absolute()
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="samovar images", description=__doc__)
+    add_option(parser)
     commands = parser.add_subparsers(required=True, metavar="build|list|verify")
     building = commands.add_parser("build", help="build what changed", description=_build.__doc__)
     building.add_argument("name", nargs="?", metavar="NAME", help="one kernel image; without it, all")

@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from nbclient.client import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from tqdm import tqdm
 
-from gateway.errors import ExitCode
+from gateway.cli.configuration import add_option, configured
+from gateway.errors import ExitCode, StartError
 from kernelprovisioner.launchers.base import LaunchError
 
 KERNEL_NAME = "sandbox"
@@ -107,18 +108,21 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("notebook", type=Path, metavar="NOTEBOOK")
     parser.add_argument("-o", "--output", type=Path, metavar="OUT", help="write the executed notebook here")
+    add_option(parser)
     arguments = parser.parse_args(argv)
     try:
-        return _run(arguments.notebook, arguments.output)
-    except RunError as error:
+        return _run(arguments.notebook, arguments.output, configured(arguments).provisioner_environment)
+    except (RunError, StartError) as error:
         print(f"samovar run: {error}", file=sys.stderr)
         return error.exit_code
 
 
-def _run(path: Path, output: Path | None) -> int:
+def _run(path: Path, output: Path | None, environment: Mapping[str, str]) -> int:
     notebook = _read(path)
     if output is not None and not os.access(output.parent, os.W_OK):
         raise RunError(f"{output}: its directory does not exist or is not writable.", ExitCode.UNWRITABLE)
+    # The kernel's provisioner reads nothing else.
+    os.environ.update(environment)
     try:
         asyncio.run(NotebookRun(notebook, path.resolve().parent).run())
         code = 0
@@ -146,9 +150,9 @@ def _read(path: Path) -> nbformat.NotebookNode:
     try:
         return nbformat.read(path, as_version=4)
     except FileNotFoundError:
-        raise RunError(f"{path}: there is no such file.", ExitCode.NO_IMAGE) from None
+        raise RunError(f"{path}: there is no such file.", ExitCode.NO_INPUT) from None
     except OSError as error:
-        raise RunError(f"{path}: {error.strerror}.", ExitCode.NO_IMAGE) from None
+        raise RunError(f"{path}: {error.strerror}.", ExitCode.NO_INPUT) from None
     except (ValueError, AttributeError, KeyError, nbformat.ValidationError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RunError(f"{path} is not a notebook: {reason[:200]}", ExitCode.CONFIGURATION) from None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 MAX_HOLD = 10.0
@@ -22,7 +21,6 @@ class Claim:
     key: bytes
     kernel_id: str
     env: dict[str, str]
-    cwd: str | None
     session_name: str | None
     notice: str | None
     hold: float
@@ -36,36 +34,43 @@ class Claim:
         bad = next((name for name in env if not name or "=" in name or "\0" in name + env[name]), None)
         if bad is not None:
             raise ClaimRefused(f"env: {bad!r} cannot be a variable of the environment")
+        try:
+            for pair in env.items():
+                "".join(pair).encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError as error:
+            raise ClaimRefused(f"env: {error}") from None
         hold = content.get("hold_ms", 0)
         if not isinstance(hold, int | float) or not 0 <= hold <= MAX_HOLD * 1000:
             raise ClaimRefused(f"hold_ms must be a number from 0 to {MAX_HOLD * 1000:.0f}")
-        key = _text(content, "key", required=True)
         return cls(
-            key=(key or "").encode(),
+            key=requested_key(content),
             kernel_id=_text(content, "kernel_id") or "",
             env=env,
-            cwd=_text(content, "cwd"),
             session_name=_text(content, "session_name"),
             notice=_text(content, "notice"),
             hold=hold / 1000,
         )
 
     def apply(self, user_ns: dict[str, Any]) -> None:
-        """Take over directory, environment and session name. Raises OSError if the directory cannot be entered."""
-        if self.cwd is not None:
-            os.chdir(self.cwd)
-            # IPython's list of visited directories begins where the kernel begins
-            if isinstance(user_ns.get("_dh"), list):
-                user_ns["_dh"][:] = [Path.cwd()]
+        """Take over environment and session name."""
         os.environ.update(self.env)
         if self.session_name:
             user_ns["__session__"] = self.session_name
 
 
-def _text(content: dict[str, Any], field: str, *, required: bool = False) -> str | None:
+def requested_key(content: dict[str, Any]) -> bytes:
+    """Return the key that `content` asks for. Raises ClaimRefused where it is none; an empty one would sign nothing."""
+    key = content.get("key")
+    try:
+        if isinstance(key, str) and key:
+            return key.encode()
+    except UnicodeEncodeError:
+        pass
+    raise ClaimRefused("key must be a string that is not empty")
+
+
+def _text(content: dict[str, Any], field: str) -> str | None:
     value = content.get(field)
-    if value is None and not required:
-        return None
-    if not isinstance(value, str):
-        raise ClaimRefused(f"{field} must be a string")
-    return value
+    if value is None or isinstance(value, str):
+        return value
+    raise ClaimRefused(f"{field} must be a string")

@@ -7,12 +7,13 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from ipykernel.ipkernel import IPythonKernel
 
-from samovar_kernel.claim import Claim, ClaimRefused
+from samovar_kernel.claim import Claim, ClaimRefused, requested_key
 from samovar_kernel.publisher import Publisher
 
 _INTERRUPT = "raise KeyboardInterrupt"
@@ -39,7 +40,7 @@ class SandboxKernel(IPythonKernel):
         self.shell._showtraceback = partial(self.iopub_thread.call_at_once, show)
 
     async def samovar_claim_request(self, stream: Any, ident: Any, parent: dict[str, Any]) -> None:
-        """Make this kernel personal, once. The answer is signed with the new key; a refusal with the present one."""
+        """Make this kernel personal, once. The answer, also a refusal, is signed with the key that was asked for."""
         session, shell = self.session, self.shell
         if session is None or shell is None:
             return
@@ -47,11 +48,15 @@ class SandboxKernel(IPythonKernel):
             if self._claim is not None:
                 raise ClaimRefused("this kernel has been claimed before")
             claim = Claim.from_content(parent["content"])
-            claim.apply(shell.user_ns)
-        except (ClaimRefused, OSError) as error:
+        except ClaimRefused as error:
+            # By a copy: who asked listens with the new key already, but a kernel that refuses keeps its own.
+            answering = session.clone()
+            with suppress(ClaimRefused):
+                answering.key = requested_key(parent["content"])
             content = {"status": "error", "ename": type(error).__name__, "evalue": str(error), "traceback": []}
-            session.send(stream, "samovar_claim_reply", content, parent, ident)
+            answering.send(stream, "samovar_claim_reply", content, parent, ident)
             return
+        claim.apply(shell.user_ns)
         self._claim = claim
         self.iopub_thread.flush()
         self.iopub_thread.output.forget()

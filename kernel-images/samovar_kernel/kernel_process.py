@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,8 @@ from samovar_kernel.frames import MAX_BODY
 from samovar_kernel.settings import VARIABLE, KernelSettings
 from samovar_kernel.unsent import create_ring, read_records
 
-_OOM_SCORE = "500"  # the kernel process goes before the supervisor, which can still tell what happened
+_OOM_SCORE = b"500"  # the kernel process goes before the supervisor, which can still tell what happened
+_OOM_ATTEMPTS = 20
 _PIPE_SIZE = 64 * 1024
 _ROOM = MAX_BODY - 64 * 1024
 
@@ -66,11 +68,7 @@ class KernelProcess:
                 os.close(descriptor)
         for descriptor in self._pipes.values():
             os.set_blocking(descriptor, False)
-        try:
-            with open(f"/proc/{self.pid}/oom_score_adj", "w") as file:
-                file.write(_OOM_SCORE)
-        except OSError:
-            return  # a host that does not allow it: then whoever is largest goes first, mostly the kernel
+        _set_oom_score(self.pid)
 
     def ended(self, status: int) -> None:
         """Take note of its end; `status` is what `waitpid` returned. Whatever it left running is killed."""
@@ -107,6 +105,25 @@ class KernelProcess:
                 break
             encoded.append(piece)
         return f"[{','.join(reversed(encoded))}]".encode(errors="replace")
+
+
+def _set_oom_score(pid: int) -> None:
+    # For the moment in which its program replaces ours, its files in /proc are as closed as our own.
+    for _ in range(_OOM_ATTEMPTS):
+        try:
+            descriptor = os.open(f"/proc/{pid}/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
+        except PermissionError:
+            time.sleep(0.001)
+            continue
+        except OSError:
+            return
+        try:
+            os.write(descriptor, _OOM_SCORE)
+        except OSError:
+            return  # a host that does not allow it: then whoever is largest goes first, mostly the kernel
+        finally:
+            os.close(descriptor)
+        return
 
 
 def _drain(reader: int) -> bytes:

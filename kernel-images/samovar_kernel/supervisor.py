@@ -1,8 +1,8 @@
 """Supervisor: PID 1 of every sandbox. Starts the kernel, reaps, carries signals and files, outlives a kernel that dies.
 
 One thread, one selector, frames on one socket. Standard library only, and little of it: it stays in memory for the
-sandbox's whole life. User code runs under the same user and can disturb it; what it says is evidence against its own
-session only.
+sandbox's whole life. User code runs under the same user and can disturb it (a SIGTERM ends it), but not look into it
+or write its memory; what it says is evidence against its own session only.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import time
+from _ctypes import call_function, dlopen, dlsym  # what ctypes is made of, for a quarter of its memory
 from _operator import _compare_digest  # what hmac has, without loading OpenSSL
 from collections.abc import Callable
 from typing import Any
@@ -34,10 +35,12 @@ HOST_ABSENCE = 60.0
 """Seconds without a connected host after which the sandbox ends itself."""
 
 _HELLO_DEADLINE = 5.0
+_STOP_DEADLINE = 1.0  # less than whoever stops us waits
 _MAX_STRANGERS = 8
 _MAX_UNSENT = 16 * 1024 * 1024
 _MAX_LIST = 2000
 _READ = 256 * 1024
+_PR_SET_DUMPABLE = 4
 _CHANNELS = ("shell", "iopub", "stdin", "control", "hb")
 
 
@@ -67,6 +70,8 @@ class Supervisor:
         self._dead_since: float | None = None
         self._exit_event: bytes | None = None
         self._stopping = False
+        self._stop_signal: int | None = None
+        self._stop_deadline: float | None = None
         self._wakeup, writer = socket.socketpair()
         self._wakeup.setblocking(False)
         writer.setblocking(False)
@@ -100,23 +105,36 @@ class Supervisor:
         }
 
     def run(self) -> int:
-        """Serve until the end; return the kernel's exit code (128 + signal if one killed it)."""
+        """Serve until the end; return the kernel's exit code (128 + signal if one killed it, or ended us with it)."""
         while not self._finished():
             for key, mask in self._selector.select(self._patience()):
                 key.data(mask)
             self._drop_silent_strangers()
+            if self._stopping and self._stop_deadline is None:
+                self._begin_stop()
         self._kernel.signal(signal.SIGKILL)
         if self._kernel.exit is None:
             self._kernel.ended(os.waitpid(self._kernel.pid, 0)[1])
         code, signum = self._kernel.exit or (None, None)
+        if signum == signal.SIGKILL and self._stop_signal is not None:
+            signum = self._stop_signal
         return code if code is not None else 128 + (signum or 0)
+
+    def _begin_stop(self) -> None:
+        """Kill the kernel. Its end is told like any other, with what it had not sent, before we end."""
+        self._stop_deadline = time.monotonic() + _STOP_DEADLINE
+        if self._kernel.exit is None:
+            self._kernel.signal(signal.SIGKILL)
+        else:
+            self._stop_signal = None  # it had ended before, and not of this
 
     # -- time
 
     def _finished(self) -> bool:
         now = time.monotonic()
-        if self._stopping and not (self._host and self._host.unsent):
-            return True
+        if self._stop_deadline is not None:
+            told = self._kernel.exit is not None and not (self._host and self._host.unsent)
+            return told or now >= self._stop_deadline
         if self._dead_since is not None and now - self._dead_since >= AFTERLIFE:
             return True
         return self._host is None and now - self._absent_since >= HOST_ABSENCE
@@ -128,8 +146,8 @@ class Supervisor:
             deadlines.append(self._dead_since + AFTERLIFE)
         if self._host is None:
             deadlines.append(self._absent_since + HOST_ABSENCE)
-        if self._stopping:
-            deadlines.append(now + 1.0)
+        if self._stop_deadline is not None:
+            deadlines.append(self._stop_deadline)
         return max(0.0, min(deadlines) - now) if deadlines else None
 
     def _drop_silent_strangers(self) -> None:
@@ -165,8 +183,9 @@ class Supervisor:
         if self._host is not None:
             self._send(self._host, self._exit_event)
 
-    def _on_stop(self, *_: Any) -> None:
-        self._stopping = True
+    def _on_stop(self, signum: int, _: Any) -> None:
+        if not self._stopping:
+            self._stopping, self._stop_signal = True, signum
 
     # -- the stream
 
@@ -303,9 +322,18 @@ class Supervisor:
         return read_usage(self._kernel.pid), b""
 
     def _exit(self, _: dict[str, Any], __: bytes) -> tuple[dict[str, Any], bytes]:
-        self._kernel.signal(signal.SIGKILL)
         self._stopping = True
         return {}, b""
+
+
+def _close_to_others() -> None:
+    """Let no process of the same user read our memory and environment (the token!), or trace us. Raises OSError.
+
+    A program that we start is open again.
+    """
+    program: Any = None  # as in CDLL(None)
+    if call_function(dlsym(dlopen(program, 0), "prctl"), (_PR_SET_DUMPABLE, 0, 0, 0, 0)) != 0:
+        raise OSError("prctl(PR_SET_DUMPABLE) failed")
 
 
 def _listen(config: dict[str, Any]) -> socket.socket:
@@ -342,6 +370,7 @@ def main() -> None:
     if text is None:
         sys.exit(f"{VARIABLE} is not set: this program is started by a launcher of samovar")
     try:
+        _close_to_others()
         supervisor = Supervisor(json.loads(text))
     except (OSError, KeyError, ValueError) as error:
         sys.exit(f"the sandbox cannot start: {type(error).__name__}: {error}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import abc
+import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from kernelprovisioner.images import KernelImage
@@ -58,7 +59,7 @@ class Launched:
     channels: dict[str, Endpoint]
     transport: str = "ipc"
     isolated: bool = True
-    labels: dict[str, str] = field(default_factory=dict)
+    template: str | None = None  # what the container image was built from; None where that is not known
 
 
 ExitCallback = Callable[[str, SandboxExit], None]
@@ -104,5 +105,8 @@ class Launcher(abc.ABC):
         """
 
     @abc.abstractmethod
-    async def stop(self) -> None:
-        """Stop watching and release all that start() took (sandboxes must have been destroyed before)."""
+    async def stop(self, give_up: asyncio.Event | None = None) -> list[str]:
+        """Remove what is left, stop watching and release all that start() took.
+
+        Once `give_up` is set no removal is waited for. Returns the sandboxes that stay; the next start reaps them.
+        """

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from traitlets import Enum, Float, Integer, Unicode, default
+from traitlets import Enum, Integer, Unicode, default
 
 from kernelprovisioner.images import LABEL_IMAGE, LABEL_TEMPLATE, ImageError, KernelImage, seccomp_profile
 from kernelprovisioner.launchers.base import (
@@ -51,8 +51,10 @@ from kernelprovisioner.launchers.docker_engine import (
 )
 from kernelprovisioner.launchers.docker_events import Event, EventWatch
 from kernelprovisioner.launchers.exits import Evidence
+from kernelprovisioner.patience import all_done, end
 from kernelprovisioner.runtime import RuntimeRoot
 from kernelprovisioner.sandbox_exit import ExitCause
+from kernelprovisioner.traits import FiniteFloat
 
 #: how long the engine's other events may come after the `die` of a killed container
 _EVIDENCE_SECONDS = 0.5
@@ -91,8 +93,8 @@ class DockerLauncher(ConfigurableLauncher):
         "127.0.0.1, for engines that cannot share sockets (Docker Desktop). With `tcp` a sandbox has a network "
         "interface: it reaches this host's address on its bridge, and other users of this machine reach its ports.",
     ).tag(config=True)
-    engine_timeout = Float(30.0, min=0.1, help="Seconds that one call to the engine may take.").tag(config=True)
-    destroy_timeout = Float(60.0, min=0.1, help="Seconds until a sandbox must be confirmed to be gone.").tag(
+    engine_timeout = FiniteFloat(30.0, min=0.1, help="Seconds that one call to the engine may take.").tag(config=True)
+    destroy_timeout = FiniteFloat(60.0, min=0.1, help="Seconds until a sandbox must be confirmed to be gone.").tag(
         config=True
     )
     engine_threads = Integer(8, min=1, max=64, help="How many calls to the engine run at once.").tag(config=True)
@@ -176,36 +178,42 @@ class DockerLauncher(ConfigurableLauncher):
         container = self._containers.get(launched.sandbox_id)
         return container is not None and time.monotonic() - container.evidence.oom_at <= within
 
-    async def stop(self) -> None:
+    async def stop(self, give_up: asyncio.Event | None = None) -> list[str]:
         if self._reconciling is not None:
             self._reconciling.cancel()
             await asyncio.gather(self._reconciling, return_exceptions=True)
             self._reconciling = None
-        while self._tasks:
-            await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.gather(
-            *(self._removal(container) for container in list(self._containers.values())), return_exceptions=True
-        )
+        while self._tasks and await all_done(self._tasks, give_up):
+            pass
+        for container in list(self._containers.values()):
+            self._own(self._removed_or_left(container))
         if self._watch is not None:
-            try:
-                await self._watch.stop()
-            except TimeoutError:
-                self.log.warning("the thread that reads the container engine's events does not end")
+            self._own(self._stop_watching(self._watch))
             self._watch = None
+        await all_done(self._tasks, give_up)
         if self._engine is not None:
             if self._network is not None:
-                with contextlib.suppress(*ENGINE_ERRORS):
-                    await self._call(self._engine.remove_network, self._network)
+                self._own(self._remove_network(self._engine, self._network))
+                await all_done(self._tasks, give_up)
                 self._network = None
             self._engine.close()
             self._engine = None
+        left = sorted(self._containers)
+        for container in self._containers.values():
+            if container.removal is not None:
+                container.removal.cancel()
+        await end(self._tasks)
         if self._owner is not None:
             # Containers that could not be removed need their owner's directory, so that somebody else reaps them.
-            await self._call(self._owner.release if self._containers else self._owner.close)
+            if left:
+                self._owner.release()
+            else:
+                await asyncio.to_thread(self._owner.close)
             self._owner = None
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)
             self._threads = None
+        return left
 
     # --- in threads -------------------------------------------------------------------------------------------------
 
@@ -259,8 +267,9 @@ class DockerLauncher(ConfigurableLauncher):
             with runtime_errors_as_launch_errors():
                 directory = self.owner.sandbox_directory(sandbox_id)
             own_labels = {LABEL_IMAGE: image.name, LABEL_SANDBOX: sandbox_id}
-            if LABEL_TEMPLATE in image_labels:
-                own_labels[LABEL_TEMPLATE] = image_labels[LABEL_TEMPLATE]
+            template = image_labels.get(LABEL_TEMPLATE)
+            if template is not None:
+                own_labels[LABEL_TEMPLATE] = template
             spec = ContainerSpec(
                 sandbox_id=sandbox_id,
                 image=image,
@@ -297,7 +306,7 @@ class DockerLauncher(ConfigurableLauncher):
             supervisor=supervisor,
             channels=channels,
             transport=self.transport,
-            labels=spec.labels,
+            template=template,
         )
 
     def _endpoints(
@@ -331,6 +340,21 @@ class DockerLauncher(ConfigurableLauncher):
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    async def _removed_or_left(self, container: _Container) -> None:
+        # LaunchError: it stays, as stop() tells.
+        with contextlib.suppress(LaunchError, *ENGINE_ERRORS):
+            await self._removal(container)
+
+    async def _stop_watching(self, watch: EventWatch) -> None:
+        try:
+            await watch.stop()
+        except TimeoutError:
+            self.log.warning("the thread that reads the container engine's events does not end")
+
+    async def _remove_network(self, engine: Engine, network: str) -> None:
+        with contextlib.suppress(*ENGINE_ERRORS):
+            await self._call(engine.remove_network, network)
 
     def _removal(self, container: _Container) -> asyncio.Task[None]:
         """Return the one task that removes this container; a new one where the last has failed."""

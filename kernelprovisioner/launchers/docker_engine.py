@@ -15,11 +15,11 @@ from requests.exceptions import RequestException
 
 from kernelprovisioner.launchers.base import EngineUnavailable, LaunchError
 from kernelprovisioner.launchers.container_spec import (
-    WARM_CPU_SHARES,
     LABEL_BOOT,
     LABEL_MANAGED,
     LABEL_OWNER,
     LABEL_SANDBOX,
+    WARM_CPU_SHARES,
     ContainerSpec,
     container_name,
 )

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from traitlets import Bool, Float
+from traitlets import Bool
 
 from kernelprovisioner.images import KernelImage
 from kernelprovisioner.launchers.base import ExitCallback, Launched, LaunchError, LaunchRequest
@@ -27,11 +27,15 @@ from kernelprovisioner.launchers.configurable import (
     thread_variables,
 )
 from kernelprovisioner.launchers.exits import exit_of_code
+from kernelprovisioner.patience import all_done
 from kernelprovisioner.runtime import OwnerDirectory, RuntimeRoot
+from kernelprovisioner.traits import FiniteFloat
 
 #: what a sandbox process inherits of our environment; names that start with LC_ too
 INHERITED = frozenset({"PATH", "LANG", "TZ", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH"})
 
+#: what a process has instead of a container's id begins with this
+PROCESS_ID_PREFIX = "process:"
 _KIND = "process"
 _LOG_BYTES = 2000
 
@@ -43,7 +47,8 @@ class _Child:
     process: asyncio.subprocess.Process
     tree: psutil.Process
     waiting: asyncio.Task[None] | None = None
-    destroying: bool = False
+    #: the task that ends it; who destroys it again waits for the same one
+    ending: asyncio.Task[None] | None = None
 
 
 class ProcessLauncher(ConfigurableLauncher):
@@ -54,7 +59,7 @@ class ProcessLauncher(ConfigurableLauncher):
     preload = Bool(False, help="Import the kernel image's preload modules before a kernel counts as warm.").tag(
         config=True
     )
-    terminate_timeout = Float(
+    terminate_timeout = FiniteFloat(
         2.0, min=0.0, help="Seconds that a supervisor has for ending its kernel by itself before all of it is killed."
     ).tag(config=True)
 
@@ -77,7 +82,7 @@ class ProcessLauncher(ConfigurableLauncher):
         try:
             return await self._launch(request, directory)
         except BaseException:
-            self._remove_directory(request.sandbox_id)
+            await asyncio.shield(asyncio.to_thread(self._remove_directory, request.sandbox_id))
             raise
 
     async def warmed(self, launched: Launched) -> None:
@@ -85,22 +90,21 @@ class ProcessLauncher(ConfigurableLauncher):
 
     async def destroy(self, launched: Launched) -> None:
         child = self._children.get(launched.sandbox_id)
-        if child is None:
-            return
-        child.destroying = True
-        await asyncio.shield(asyncio.ensure_future(self._end(launched.sandbox_id, child)))
+        if child is not None:
+            await asyncio.shield(self._ending(launched.sandbox_id, child))
 
     def was_out_of_memory(self, launched: Launched, within: float) -> bool:
         """Never: nobody tells us, and no limit of ours is enforced."""
         return False
 
-    async def stop(self) -> None:
-        for sandbox_id, child in list(self._children.items()):
-            child.destroying = True
-            await self._end(sandbox_id, child)
+    async def stop(self, give_up: asyncio.Event | None = None) -> list[str]:
+        await all_done([self._ending(*each) for each in self._children.items()], give_up)
+        left = sorted(self._children)
         if self._owner is not None:
-            self._owner.close()
+            # What is noted there of processes that live is for whoever reaps them.
+            await asyncio.to_thread(self._owner.release if left else self._owner.close)
             self._owner = None
+        return left
 
     async def _launch(self, request: LaunchRequest, directory: Path) -> Launched:
         directory.chmod(0o700)
@@ -142,7 +146,7 @@ class ProcessLauncher(ConfigurableLauncher):
         return Launched(
             sandbox_id=request.sandbox_id,
             image=request.image,
-            runtime_id=f"process:{process.pid}",
+            runtime_id=f"{PROCESS_ID_PREFIX}{process.pid}",
             directory=directory,
             work_directory=str(work_directory),
             key=key.encode(),
@@ -155,9 +159,16 @@ class ProcessLauncher(ConfigurableLauncher):
     async def _wait(self, sandbox_id: str, child: _Child, directory: Path) -> None:
         """Tell why the supervisor ended; not for one that we end ourselves."""
         code = await child.process.wait()
-        if not child.destroying:
+        if child.ending is None:
             words = _last_words(directory / "log")
             self._on_exit(sandbox_id, exit_of_code(code, {"reason": words} if words else {}))
+
+    def _ending(self, sandbox_id: str, child: _Child) -> asyncio.Task[None]:
+        """Return the one task that ends this child; a new one where the last has failed."""
+        ending = child.ending
+        if ending is None or (ending.done() and (ending.cancelled() or ending.exception() is not None)):
+            ending = child.ending = asyncio.create_task(self._end(sandbox_id, child), name=f"end {sandbox_id}")
+        return ending
 
     async def _end(self, sandbox_id: str, child: _Child) -> None:
         """End the supervisor and everything it started, then remove the directory."""
@@ -173,8 +184,9 @@ class ProcessLauncher(ConfigurableLauncher):
         await child.process.wait()
         if child.waiting is not None:
             await asyncio.gather(child.waiting, return_exceptions=True)
-        if self._children.pop(sandbox_id, None) is not None:
-            self._remove_directory(sandbox_id)
+        # Its work directory may hold any number of files.
+        await asyncio.to_thread(self._remove_directory, sandbox_id)
+        self._children.pop(sandbox_id, None)
 
     def _remove_directory(self, sandbox_id: str) -> None:
         self.owner.remove_sandbox_directory(sandbox_id)

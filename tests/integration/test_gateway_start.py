@@ -109,6 +109,9 @@ def test_without_an_engine_it_warns_runs_a_first_cell_and_stops_on_ctrl_c(direct
 def test_a_cell_that_runs_at_the_stop_is_answered(directory: Path) -> None:
     gateway = GatewayProcess(directory, None, {"SAMOVAR_DRAIN_TIMEOUT": "1.5"}, ["--launcher=process"])
     gateway.start()
+    ready = time.monotonic() + 20
+    while gateway.call("GET", "/metrics/pool").body["pool"]["python"]["warm"] < 2 and time.monotonic() < ready:
+        time.sleep(0.1)
     with concurrent.futures.ThreadPoolExecutor(2) as callers:
         short = callers.submit(gateway.exec, "import time; time.sleep(1); print('done')")
         endless = callers.submit(gateway.exec, "print('begun')\nwhile True: time = 1")
@@ -136,7 +139,7 @@ def test_an_answer_that_is_on_its_way_at_the_stop_arrives_whole(directory: Path)
     answer_head, _, answer = received.partition(b"\r\n\r\n")
     assert f"Content-Length: {len(answer)}\r\n".encode() in answer_head + b"\r\n"
     assert len(answer) > 16_000_000
-    assert gateway.stop() == 0
+    assert gateway.process.wait(30) == 0
 
 
 @pytest.mark.service

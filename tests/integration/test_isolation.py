@@ -135,12 +135,33 @@ for pid in filter(str.isdigit, os.listdir("/proc")):
             texts.append(open(f"/proc/{pid}/{name}", errors="replace").read())
         except OSError:
             pass
-print(json.dumps(["\\n".join(texts), len([p for p in os.listdir("/proc") if p.isdigit()]), os.listdir("/samovar")]))
+closed = []
+for name, mode in (("environ", "rb"), ("mem", "rb"), ("mem", "r+b"), ("maps", "rb"), ("auxv", "rb")):
+    try:
+        open(f"/proc/1/{name}", mode).close()
+    except PermissionError:
+        closed.append(name)
+try:
+    os.listdir("/proc/1/fd")
+except PermissionError:
+    closed.append("fd")
+first = open(f"/proc/{os.getpid()}/oom_score_adj").read().strip()
+print(json.dumps(["\\n".join(texts), len([p for p in os.listdir("/proc") if p.isdigit()]), closed, first]))
 """
-    text, processes, _ = answer_of(gateway, code)
+    text, processes, closed, first = answer_of(gateway, code)
+    assert closed == ["environ", "mem", "mem", "maps", "auxv", "fd"], "PID 1 holds the token of its own stream"
+    assert '"token"' not in text
+    assert first == "500", "the kernel is to go before PID 1 when memory runs out"
     assert KEY not in text
     assert str(gateway.directory) not in text
     assert processes <= 4
+
+
+def test_a_stopped_supervisor_is_told_as_what_it_is_and_no_output_is_lost(gateway: GatewayProcess) -> None:
+    result = gateway.exec("import os, time; print('pre'); os.kill(1, 15); time.sleep(60)")
+    assert result["status"] == "died"
+    assert result["stdout"] == "pre\n"
+    assert "SIGTERM" in json.dumps(result)
 
 
 def test_sessions_see_nothing_of_each_other(gateway: GatewayProcess) -> None:

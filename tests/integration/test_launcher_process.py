@@ -9,6 +9,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -21,7 +22,7 @@ import pytest
 from kernelprovisioner.images import KernelImage, find_image
 from kernelprovisioner.launchers.base import Launched, LaunchError, LaunchRequest
 from kernelprovisioner.launchers.process import ProcessLauncher, sandbox_environment
-from kernelprovisioner.runtime import RuntimeRoot
+from kernelprovisioner.runtime import OwnerDirectory, RuntimeRoot
 from kernelprovisioner.sandbox_exit import ExitCause, SandboxExit
 from kernelprovisioner.supervisor import SupervisorClient
 
@@ -140,6 +141,34 @@ async def test_a_mounted_directory_is_the_work_directory(
         assert (await launch(launcher, image, short_directory)).work_directory == str(short_directory)
         with pytest.raises(LaunchError, match="is not a directory"):
             await launch(launcher, image, short_directory / "absent")
+
+
+async def test_directories_are_removed_beside_the_loop(
+    runtime: RuntimeRoot, image: KernelImage, short_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_loop: list[bool] = []
+    loop, removing = asyncio.get_running_loop(), asyncio.Event()
+    remove = OwnerDirectory.remove_sandbox_directory
+
+    def slowly(owner: OwnerDirectory, sandbox_id: str) -> None:
+        in_loop.append(threading.current_thread() is threading.main_thread())
+        loop.call_soon_threadsafe(removing.set)
+        time.sleep(0.2)
+        remove(owner, sandbox_id)
+
+    monkeypatch.setattr(OwnerDirectory, "remove_sandbox_directory", slowly)
+    async with launching(runtime) as (launcher, _):
+        with pytest.raises(LaunchError):
+            await launch(launcher, image, short_directory / "absent")
+        launched = await launch(launcher, image)
+        removing.clear()
+        first = asyncio.create_task(launcher.destroy(launched))
+        await asyncio.wait_for(removing.wait(), 10)
+        await launcher.destroy(launched)
+        assert not launched.directory.exists(), "who asks a second time waits for the same end"
+        await first
+        await launch(launcher, image)
+    assert in_loop == [False] * 3
 
 
 def test_the_environment_comes_from_an_allow_list(image: KernelImage) -> None:

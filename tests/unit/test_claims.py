@@ -34,9 +34,11 @@ UNSENT = ({"kind": "text", "name": "stdout", "text": "last \ud800 words ü", "pa
 class FakeSupervisor:
     def __init__(self) -> None:
         self.asked: list[tuple[str, bytes, dict[str, Any]]] = []
+        self.ops = asyncio.Queue[str]()
 
     async def request(self, op: str, body: bytes = b"", **fields: Any) -> tuple[dict[str, Any], bytes]:
         self.asked.append((op, body, fields))
+        self.ops.put_nowait(op)
         if fields.get("path") == "missing":
             raise SupervisorError("no such file: missing")
         return {"id": 99, "ok": True, "size": len(body)}, body[::-1]
@@ -210,6 +212,47 @@ async def test_a_holder_can_come_back_with_its_token(short_directory: Path, monk
         await again.release()
 
 
+async def test_claims_that_overlap_on_one_connection_get_one_sandbox(short_directory: Path) -> None:
+    async with served(short_directory) as (server, pool):
+        pool.delay = 0.1
+        connection = await ClaimConnection.connect(server.path)
+        answers = await asyncio.gather(claim(connection), claim(connection), return_exceptions=True)
+        [refused] = [answer for answer in answers if isinstance(answer, ClaimRefused)]
+        assert refused.code == "bad_request"
+        assert len(pool.sandboxes) == len(server.held) == 1
+        await connection.release()
+        await pool.until_released()
+
+
+async def test_a_claim_that_failed_may_be_tried_again(short_directory: Path) -> None:
+    async with served(short_directory) as (server, pool):
+        connection = await ClaimConnection.connect(server.path)
+        pool.error = PoolFull("the line is full", 7)
+        with pytest.raises(ClaimRefused):
+            await claim(connection)
+        pool.error = None
+        await claim(connection)
+        await connection.release()
+
+
+async def test_a_holder_that_does_not_read_keeps_no_dead_sandbox(
+    short_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claim_server, "_AFTER_EXIT_SECONDS", 0.2)
+    async with served(short_directory) as (server, pool):
+        reader, writer = await asyncio.open_unix_connection(str(server.path), limit=1024)
+        wanted = {"op": "claim", "id": 1, "image": "python", "kernel_id": "k", "key": "key"}
+        writer.write(pack(wanted, b"{}"))
+        assert await asyncio.wait_for(reader.read(1), 5)
+        writer.write(b"".join(pack({"op": "put", "id": n}, bytes(1 << 20)) for n in range(2, 6)))
+        for _ in range(4):
+            await asyncio.wait_for(pool.sandboxes[0].supervisor.ops.get(), 5)
+        pool.sandboxes[0].exited.set_result(ENDED)
+        await pool.until_released()
+        assert server.held == []
+        writer.transport.abort()
+
+
 async def test_a_claim_is_given_up_when_its_asker_hangs_up(short_directory: Path) -> None:
     async with served(short_directory) as (server, pool):
         pool.delay = 0.3
@@ -321,6 +364,7 @@ def test_the_environment_is_what_was_added_for_the_kernel() -> None:
     own = {"PATH": "/bin", "AWS_SECRET_ACCESS_KEY": "s", "LANG": "C", "HOME": "/root"}
     given = {**own, "LANG": "de_DE.UTF-8", "DATA_URL": "x", "JPY_SESSION_NAME": "n", "LD_PRELOAD": "e", "PATH": "/b2"}
     assert added_by_caller(given, own, {}) == {"LANG": "de_DE.UTF-8", "DATA_URL": "x"}
+    assert added_by_caller({"LATIN": "\udce4"}, {}, {}) == {}, "bytes that are no UTF-8 cannot travel in a message"
     assert added_by_caller({**own, "PYTHONPATH": "/x"}, own, {"PYTHONPATH": "/x"}) == {"PYTHONPATH": "/x"}
     assert added_by_caller(dict(own), own, {}) == {}
     assert added_by_caller({"BIG": "x" * 10**6, "OK": "1"}, own, {}) == {"OK": "1"}

@@ -87,7 +87,7 @@ async def test_an_image_that_cannot_be_built_keeps_the_gateway_from_starting(mon
         StartError, match=r"(?s)samovar/python:latest .*fetching the wheels failed.*connect it"
     ) as caught:
         await images([]).ensure(find_image("python"))
-    assert caught.value.exit_code == ExitCode.NO_IMAGE
+    assert caught.value.exit_code == ExitCode.NO_INPUT
     assert "samovar images build python" in (await images([]).state(find_image("python")))["error"]
 
 

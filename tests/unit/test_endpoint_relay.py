@@ -12,8 +12,9 @@ from jupyter_client.session import Session
 
 from kernelprovisioner.death import DeathNotice
 from kernelprovisioner.launchers.base import Endpoint
+from kernelprovisioner.launchers.configurable import CHANNELS
 from kernelprovisioner.monitor import RunningCell
-from kernelprovisioner.relay import CHANNEL_NUMBERS, EndpointRelay
+from kernelprovisioner.relay import EndpointRelay
 from kernelprovisioner.sandbox_exit import ExitCause, SandboxExit
 
 DIED = SandboxExit(ExitCause.EXITED, 7)
@@ -25,7 +26,7 @@ async def test_zmq_passes_through_a_relay(short_directory: Path) -> None:
     relay = EndpointRelay()
     try:
         endpoint = Endpoint(host="127.0.0.1", port=router.bind_to_random_port("tcp://127.0.0.1"))
-        await relay.start(short_directory, dict.fromkeys(CHANNEL_NUMBERS, endpoint))
+        await relay.start(short_directory, dict.fromkeys(CHANNELS, endpoint))
         dealer.connect(f"ipc://{short_directory}/k-1")
         await dealer.send_multipart([b"x" * 1_000_000, b"y"])
         async with asyncio.timeout(5):

@@ -198,6 +198,26 @@ async def test_a_client_that_goes_away_in_line_leaves_it() -> None:
     assert pool.made == []
 
 
+@pytest.mark.parametrize(("entity", "kept"), [(None, False), ("agent", True)])
+async def test_a_session_whose_first_answer_nobody_took_is_kept_only_if_it_can_be_found(
+    entity: str | None, kept: bool
+) -> None:
+    def script(sandbox: FakeSandbox, msg_id: str, content: dict[str, Any]) -> None:
+        sandbox.on_interrupt = lambda: ends_well(sandbox, msg_id, content)
+
+    pool = FakePool(script)
+    known = registry(pool)
+    cancelled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    session = known.add(Session("me", "python", entity_id=entity))
+    running = asyncio.create_task(known.execute(session, Cell("1", 5), cancelled))
+    await asyncio.sleep(0.01)
+    cancelled.set_result(None)
+    assert (await running).result.status is Status.CANCELLED
+    assert (session in known.list("me")) is kept
+    await asyncio.sleep(0)
+    assert len(pool.released) == (0 if kept else 1)
+
+
 async def test_the_line_of_a_session_is_bounded_in_length_and_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sessions, "MAX_WAITING", 2)
     known = registry(FakePool(lambda *_: None), line_timeout=0.05)

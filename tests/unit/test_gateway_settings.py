@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
+import logging
+import re
 from pathlib import Path
 
 import pytest
 
 from gateway.app import GatewayApp
+from gateway.cli import main
+from gateway.cli.configuration import configured
 from gateway.errors import ExitCode, StartError
 from gateway.settings import PoolSettings, SandboxLimits, environment_name
 from kernelprovisioner.images import KernelImage, PoolBounds, read_images
@@ -84,6 +89,11 @@ def test_known_names_reach_pool_and_limits(monkeypatch: pytest.MonkeyPatch, pyth
         ("SAMOVAR_EXECUTION_SETTINGS_MAX_OUTPUT_MB", "inf", "MAX_OUTPUT_MB"),
         ("CONTAINER_POOL_PY_MAX", "x", "CONTAINER_POOL_PY_MAX"),
         ("LOG_LEVEL", "loud", "LOG_LEVEL"),
+        ("MAX_EXECUTION_TIME", "nan", "MAX_EXECUTION_TIME='nan'"),
+        ("MAX_EXECUTION_TIME", "inf", "finite"),
+        ("MAX_CPUS", "nan", "MAX_CPUS"),
+        ("SAMOVAR_DRAIN_TIMEOUT", "nan", "SAMOVAR_DRAIN_TIMEOUT"),
+        ("SAMOVAR_DOCKER_LAUNCHER_ENGINE_TIMEOUT", "nan", "ENGINE_TIMEOUT"),
         ("SAMOVAR_LAUNCHER", "rocket", "SAMOVAR_LAUNCHER"),
     ],
 )
@@ -102,6 +112,12 @@ def test_a_bad_variable_is_named(monkeypatch: pytest.MonkeyPatch, variable: str,
         ("--GatewayApp.prot=5", "did you mean 'port'"),
         ("--Gateway.port=5", "did you mean 'GatewayApp'"),
         ("--port=x", "port"),
+        ("--GatewayApp.drain_timeout=nan", "finite"),
+        ("--GatewayApp.show_config=True", "no setting 'show_config'"),
+        ("--Application.show_config_json=True", "no setting 'show_config_json'"),
+        ("--GatewayApp.log_format=x", "no setting 'log_format'"),
+        ("--Application.log_datefmt=x", "no setting 'log_datefmt'"),
+        ("--GatewayApp.logging_config={}", "no setting 'logging_config'"),
         ("rubbish", "rubbish"),
     ],
 )
@@ -130,6 +146,41 @@ def test_a_bad_file_is_named_with_its_line(tmp_path: Path, text: str, words: str
 def test_a_file_that_was_named_must_be_there() -> None:
     with pytest.raises(StartError, match=r"other\.py does not exist"):
         app("--config=other.py")
+
+
+@pytest.mark.parametrize("level", ["warning", "WARN", "30"])
+def test_levels_of_the_log(monkeypatch: pytest.MonkeyPatch, level: str) -> None:
+    monkeypatch.setenv("LOG_LEVEL", level)
+    assert app().log_level == logging.WARNING
+    assert app("--log-level=ERROR", "--Application.log_level=INFO").log_level == logging.ERROR
+
+
+def test_the_help_shows_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
+    GatewayApp().print_help(classes=True)
+    said = capsys.readouterr().out
+    assert not re.search("show.config|log_format|log_datefmt|logging_config", said)
+    assert re.search(r"GatewayApp.log_level=.*?Default: 'INFO'", said, re.DOTALL)
+
+
+def test_other_commands_read_the_same_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "samovar_config.py").write_text(
+        "c.DockerLauncher.docker_url = 'unix:///no/engine.sock'\nc.GatewayApp.data_dir = 'kept'\n"
+        "c.GatewayApp.runtime_dir = '/tmp/sv-there'\nc.GatewayApp.launcher = 'docker'\n"
+    )
+    found = configured(argparse.Namespace(config=None))
+    assert (found.docker_url, found.data_directory) == ("unix:///no/engine.sock", tmp_path / "kept")
+    assert found.provisioner_environment == {
+        "SAMOVAR_LAUNCHER": "docker",
+        "DOCKER_BASE_URL": "unix:///no/engine.sock",
+        "SAMOVAR_RUNTIME_DIR": "/tmp/sv-there",
+    }
+    assert main(["images", "list"]) == ExitCode.NO_ENGINE
+    assert "unix:///no/engine.sock" in capsys.readouterr().err
+    assert main(["images", "--config", "other.py", "list"]) == ExitCode.CONFIGURATION
+    monkeypatch.setenv("DOCKER_BASE_URL", "unix:///another.sock")
+    assert configured(argparse.Namespace(config=None)).docker_url == "unix:///another.sock"
 
 
 @pytest.mark.parametrize(

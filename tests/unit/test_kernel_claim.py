@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from samovar_kernel.claim import Claim, ClaimRefused
 
-from tests.unit.local_sandbox import LocalSandbox
+from kernelprovisioner.images import KernelImage
+from kernelprovisioner.launchers.base import Launched
+from kernelprovisioner.launchers.configurable import ipc_endpoints
+from kernelprovisioner.sandbox import ClaimError, ClaimRequest, Sandbox, Sandboxes, SandboxState
+from kernelprovisioner.supervisor import SupervisorClient
+from kernelprovisioner.wire import KernelWire
+from tests.unit.local_sandbox import KEY, TOKEN, LocalSandbox
+
+IMAGE = KernelImage("python", "python", "Python", Path("/nowhere"), "base")
 
 
 @pytest.mark.parametrize(
@@ -17,11 +25,14 @@ from tests.unit.local_sandbox import LocalSandbox
     [
         ({}, "key"),
         ({"key": 5}, "key"),
+        ({"key": ""}, "key"),
+        ({"key": "\ud800"}, "key"),
         ({"key": "k", "env": ["a"]}, "env"),
         ({"key": "k", "env": {"a": 1}}, "env"),
         ({"key": "k", "env": {"a=b": "c"}}, "env"),
         ({"key": "k", "env": {"a": "b\0"}}, "env"),
-        ({"key": "k", "cwd": 1}, "cwd"),
+        ({"key": "k", "env": {"a": "\ud800"}}, "env"),
+        ({"key": "k", "notice": 1}, "notice"),
         ({"key": "k", "hold_ms": -1}, "hold_ms"),
         ({"key": "k", "hold_ms": "soon"}, "hold_ms"),
     ],
@@ -32,17 +43,11 @@ def test_a_bad_claim_names_its_field(content: dict[str, Any], field: str) -> Non
 
 
 def test_a_claim_makes_a_kernel_personal(short_directory: Path) -> None:
-    below = short_directory / "below"
-    below.mkdir()
     with LocalSandbox(short_directory, preload=["fractions"]) as sandbox:
         sandbox.open()
         sandbox.run("None", silent=True, store_history=False)
-        missing = sandbox.send("control", "samovar_claim_request", {"key": "k", "cwd": "/does/not/exist"})
-        refused = sandbox.receive("control", lambda message: message["parent_header"].get("msg_id") == missing)
-        assert refused["content"]["status"] == "error"
-
         env = {"GREETING": "hi"}
-        reply = sandbox.claim(env=env, cwd=str(below), session_name="a.ipynb", notice="a notice", hold_ms=200)
+        reply = sandbox.claim(env=env, session_name="a.ipynb", notice="a notice", hold_ms=200)
         assert reply == {"status": "ok"}
         asked = time.monotonic()
         first = sandbox.run("import os, sys; print(In, Out, _, [n for n in dir() if not n.startswith('_')])")
@@ -53,13 +58,51 @@ def test_a_claim_makes_a_kernel_personal(short_directory: Path) -> None:
         names = "['In', 'Out', 'exit', 'get_ipython', 'open', 'os', 'quit', 'sys']"
         assert first.text() == f"{inputs} {{}}  {names}\n"
 
-        second = sandbox.run("print(os.environ['GREETING'], os.getcwd(), __session__, 'fractions' in sys.modules)")
-        assert second.text() == f"hi {below} a.ipynb True\n"
+        second = sandbox.run("print(os.environ['GREETING'], __session__, 'fractions' in sys.modules)")
+        assert second.text() == "hi a.ipynb True\n"
         assert second.text("stderr") == ""
         assert (
             sandbox.run("print([n for n in os.environ if 'SAMOVAR' in n], oct(os.umask(0o22)))").text() == "[] 0o22\n"
         )
-        assert sandbox.claim(b"personal")["status"] == "error"
+
+
+@pytest.mark.parametrize("claimed", [False, True], ids=["warm", "claimed"])
+def test_a_refusal_is_signed_with_the_key_asked_for_and_the_kernel_keeps_its_own(
+    short_directory: Path, claimed: bool
+) -> None:
+    with LocalSandbox(short_directory) as sandbox:
+        sandbox.open()
+        sandbox.run("None")
+        if claimed:
+            assert sandbox.claim(b"personal") == {"status": "ok"}
+        present = sandbox.session.key
+        refused = sandbox.claim(b"another", env={} if claimed else {"a=b": "c"})
+        assert refused["status"] == "error"
+        assert ("claimed before" if claimed else "env") in refused["evalue"]
+        sandbox.session.key = present
+        assert sandbox.run("print(1)").text() == "1\n"
+        if not claimed:
+            assert sandbox.claim(b"another") == {"status": "ok"}
+
+
+def test_a_refusal_of_the_key_itself_is_signed_with_the_present_one(short_directory: Path) -> None:
+    with LocalSandbox(short_directory) as sandbox:
+        sandbox.open()
+        assert "key" in sandbox.ask("control", "samovar_claim_request", {"key": ""})["evalue"]
+
+
+async def test_who_claims_hears_why_it_was_refused(short_directory: Path) -> None:
+    channels, supervisor = ipc_endpoints(short_directory / "r")
+    launched = Launched("0" * 16, IMAGE, "process:1", short_directory, "/", KEY, TOKEN, supervisor, channels)
+    with LocalSandbox(short_directory):
+        wire = await KernelWire.connect(channels, KEY, timeout=15)
+        sandbox = Sandbox(launched, cast(SupervisorClient, None), wire, cast(Sandboxes, None))
+        sandbox.state = SandboxState.WARM
+        try:
+            with pytest.raises(ClaimError, match=r"refused its claim: env: 'a=b' cannot be"):
+                await sandbox.claim(ClaimRequest("id", b"new", {"a=b": "c"}))
+        finally:
+            await wire.close()
 
 
 def test_arguments_of_one_cell(short_directory: Path) -> None:

@@ -27,6 +27,7 @@ class FakeSandbox:
     def __init__(self, engine: FakeEngine, request: LaunchRequest) -> None:
         self.id = request.sandbox_id
         self.mount = request.mount
+        self.template = engine.template
         self.exited: asyncio.Future[SandboxExit] = asyncio.get_running_loop().create_future()
         self.claims: list[str] = []
         self._engine = engine
@@ -56,6 +57,7 @@ class FakeEngine:
         self.claim_gate: asyncio.Event | None = None
         self.destroy_gate: asyncio.Event | None = None
         self.destroyed: list[str] = []
+        self.template: str | None = None
 
     async def launch(self, request: LaunchRequest, *, timeout: float = 60.0) -> Sandbox:
         self.launches += 1
@@ -98,7 +100,8 @@ async def a_pool(min: int = 0, max: int = 4, **options: Any) -> AsyncIterator[tu
     try:
         yield pool, engine
     finally:
-        await pool.stop(timeout=5)
+        async with asyncio.timeout(5):
+            await pool.stop()
         assert engine.live == {} and not pool._tasks, "something is left"
         assert engine.most_live <= max, "more live sandboxes than max"
 
@@ -121,6 +124,16 @@ async def test_a_warm_sandbox_is_claimed_and_replaced() -> None:
         assert cast(FakeSandbox, claim.sandbox).claims == ["k1"]
         await until(lambda: pool.describe()["warm"] == 2)
         assert pool.describe()["claimed"] == 1 and engine.launches == 3
+
+
+async def test_a_rebuilt_image_empties_the_pool_of_the_older_one() -> None:
+    async with a_pool(min=3) as (pool, engine):
+        await until(lambda: pool.describe()["warm"] == 3)
+        old = set(engine.live)
+        engine.template = "rebuilt"
+        claim = await pool.claim("ada", ask())
+        await until(lambda: not old - {claim.sandbox.id} & engine.live.keys() and pool.describe()["warm"] == 3)
+        assert claim.sandbox.id in engine.live
 
 
 async def test_fifty_claims_at_once_on_twenty_places_all_get_their_own() -> None:
@@ -392,14 +405,29 @@ async def test_stop_while_a_claim_is_made_personal() -> None:
         await stopping
 
 
-async def test_stop_says_what_could_not_be_removed(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("fails", [False, True])
+async def test_stop_waits_for_no_removal_once_it_is_given_up(fails: bool) -> None:
     engine = FakeEngine()
-    pool = SandboxPool(IMAGE, cast(Sandboxes, engine), bounds=PoolBounds(0, 1))
+    pool = SandboxPool(IMAGE, cast(Sandboxes, engine), bounds=PoolBounds(0, 2))
     claim = await pool.claim("ada", ask())
-    engine.destroy_gate = asyncio.Event()
-    await pool.stop(timeout=0.05)
-    assert f"not confirmed as removed: {claim.sandbox.id}" in caplog.text
-    assert not pool._tasks
+    engine.start_gate = asyncio.Event()
+    starting = asyncio.create_task(pool.claim("ada", ask()))
+    await until(lambda: engine.starting == 1)
+    if fails:
+        engine.destroy_errors = [LaunchError("the engine does not answer")] * 9
+    else:
+        engine.destroy_gate = asyncio.Event()
+    give_up = asyncio.Event()
+    stopping = asyncio.create_task(pool.stop(give_up))
+    await asyncio.sleep(0.05)
+    assert not stopping.done()
+    give_up.set()
+    async with asyncio.timeout(1):
+        await stopping
+        await pool.stop(give_up)
+    assert not pool._tasks and claim.sandbox.exited.done()
+    with pytest.raises(PoolStopped):
+        await starting
 
 
 async def test_the_pool_describes_itself() -> None:

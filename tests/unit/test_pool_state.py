@@ -58,7 +58,9 @@ def make_state(*, minimum: int = 0, maximum: int = 4, line_bound: int = 16, conc
 class Box:
     """A sandbox as the model knows it."""
 
+    number: int
     state: str = "starting"
+    template: str | None = None
     owner: str | None = None
     claim: int | None = None
     settled: bool = False
@@ -93,6 +95,8 @@ class PoolMachine(RuleBasedStateMachine):
         self.failures = 0
         self.wake_at: float | None = None
         self.stopped = False
+        self.starts = itertools.count(1)
+        self.newest: tuple[int, str | None] = (0, None)  # start and template of the last started that was ever warm
         self.tell(Tick())
 
     # What the model knows.
@@ -147,7 +151,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert start.sandbox not in self.boxes and start.sandbox not in self.handed_out
         assert self.free() > 0, "more live sandboxes than max"
         assert len(self.of("starting")) < self.concurrency
-        box = self.boxes[start.sandbox] = Box()
+        box = self.boxes[start.sandbox] = Box(next(self.starts))
         if start.claim is None:
             assert not self.backing_off()
             return
@@ -202,6 +206,9 @@ class PoolMachine(RuleBasedStateMachine):
     def see_remove(self, remove: Remove, event: Event) -> None:
         box = self.boxes[remove.sandbox]
         assert box.state != "gone"
+        if isinstance(event, Started) and remove.cause is ExitCause.REQUESTED:
+            assert box.state == "warm"
+            assert box.template != self.newest[1], "a sandbox of the newest template was thrown away"
         if remove.cause is ExitCause.EVICTED:
             assert box.state == "warm"
             own = sum(ask.own for ask in self.line.values())
@@ -290,16 +297,18 @@ class PoolMachine(RuleBasedStateMachine):
         self.tell(ClaimSettled(claim))
 
     @precondition(lambda self: self.of("starting", "gone"))
-    @rule(data=st.data())
-    def started(self, data: st.DataObject) -> None:
-        self.started_one(self.pick(data, self.of("starting", "gone")))
+    @rule(data=st.data(), template=st.sampled_from([None, "old", "new", "new"]))
+    def started(self, data: st.DataObject, template: str | None) -> None:
+        self.started_one(self.pick(data, self.of("starting", "gone")), template)
 
-    def started_one(self, sandbox: str) -> None:
+    def started_one(self, sandbox: str, template: str | None = "new") -> None:
         """Also for one that was given up while it started: that changes nothing."""
-        if self.boxes[sandbox].state == "starting":
-            self.boxes[sandbox].state = "warm"
+        box = self.boxes[sandbox]
+        if box.state == "starting":
+            box.state, box.template = "warm", template
+            self.newest = max(self.newest, (box.number, template), key=lambda start: start[0])
             self.failures, self.wake_at = 0, None
-        self.tell(Started(sandbox))
+        self.tell(Started(sandbox, template))
 
     @precondition(lambda self: self.of("starting"))
     @rule(data=st.data())
@@ -411,6 +420,10 @@ class PoolMachine(RuleBasedStateMachine):
         assert sum(self.state.counts().values()) == len(self.boxes)
 
     @invariant()
+    def no_warm_one_is_outdated(self) -> None:
+        assert all(self.boxes[sandbox].template == self.newest[1] for sandbox in self.of("warm"))
+
+    @invariant()
     def bounds_hold(self) -> None:
         assert len(self.boxes) <= self.maximum
 
@@ -429,7 +442,8 @@ class PoolMachine(RuleBasedStateMachine):
         if heads and not plain:
             assert busy or not self.free(), "a place is free, and nothing starts for who waits"
         if not own and not self.backing_off():
-            assert busy or not self.free() or unclaimed >= plain + self.minimum, "nothing refills"
+            refilling = unclaimed >= plain and len(self.of("starting")) >= max(1, self.concurrency // 2)
+            assert busy or refilling or not self.free() or unclaimed >= plain + self.minimum, "nothing refills"
 
     @invariant()
     def an_idle_session_gives_way(self) -> None:
@@ -484,12 +498,19 @@ def occupy(state: PoolState, owner: str, count: int, *, idle_from: float | None,
     return sandboxes
 
 
-def test_the_pool_fills_to_its_minimum_two_at_a_time() -> None:
-    state = make_state(minimum=3, maximum=5)
+def test_the_pool_fills_to_its_minimum_with_half_of_what_may_start_at_once() -> None:
+    state = make_state(minimum=5, maximum=6, concurrency=4)
     first = of_kind(state.handle(Tick(), 0.0), Start)
     assert len(first) == 2
     assert len(of_kind(state.handle(Started(first[0].sandbox), 0.0), Start)) == 1
     assert state.counts()[SandboxState.STARTING] == 2
+
+
+def test_for_those_who_wait_all_that_may_start_does() -> None:
+    state = make_state(minimum=1, maximum=6, concurrency=2)
+    (first,) = of_kind(state.handle(ClaimAsked(1, "ada"), 0.0), Start)
+    (second,) = of_kind(state.handle(ClaimAsked(2, "bob"), 0.0), Start)
+    assert first.sandbox != second.sandbox
 
 
 def test_a_warm_sandbox_is_handed_out_at_once_and_replaced() -> None:
@@ -559,6 +580,28 @@ def test_a_claim_for_a_sandbox_of_its_own_takes_the_place_of_a_warm_one() -> Non
     assert state.handle(Started(own.sandbox), 0.0) == [Give(own.sandbox, 1, Source.COLD)]
 
 
+def test_a_rebuilt_image_replaces_the_warm_sandboxes_of_the_older_one() -> None:
+    state = make_state(minimum=2, maximum=4, concurrency=4)
+    first, second = of_kind(state.handle(Tick(), 0.0), Start)
+    state.handle(Started(first.sandbox, "old"), 0.0)
+    state.handle(Started(second.sandbox, "old"), 0.0)
+    (give, refill) = state.handle(ClaimAsked(1, "ada"), 0.0)
+    assert isinstance(give, Give) and isinstance(refill, Start)
+    state.handle(ClaimSettled(1), 0.0)
+    remove, again = state.handle(Started(refill.sandbox, "new"), 0.0)
+    assert remove == Remove(second.sandbox, ExitCause.REQUESTED), "the claimed one stays with its session"
+    assert isinstance(again, Start)
+    give = state.handle(ClaimAsked(2, "bob"), 0.0)[0]
+    assert isinstance(give, Give) and give.sandbox == refill.sandbox
+
+
+def test_an_older_sandbox_that_is_warm_later_is_outdated_all_the_same() -> None:
+    state = make_state(minimum=2, maximum=4, concurrency=4)
+    first, second = of_kind(state.handle(Tick(), 0.0), Start)
+    state.handle(Started(second.sandbox, "new"), 0.0)
+    assert Remove(first.sandbox, ExitCause.REQUESTED) in state.handle(Started(first.sandbox, "old"), 0.0)
+
+
 def test_no_session_is_lost_while_a_sandbox_is_coming() -> None:
     state = make_state(maximum=2)
     occupy(state, "ada", 1, idle_from=1.0, first_claim=1)
@@ -568,8 +611,8 @@ def test_no_session_is_lost_while_a_sandbox_is_coming() -> None:
 
 def test_refill_leaves_the_place_to_who_waits_behind_another_of_its_owner() -> None:
     state = make_state(minimum=1, maximum=2)
-    (start, spare) = of_kind(state.handle(ClaimAsked(1, "bob"), 0.0), Start)
-    state.handle(Started(start.sandbox), 0.0)
+    (start,) = of_kind(state.handle(ClaimAsked(1, "bob"), 0.0), Start)
+    (spare,) = of_kind(state.handle(Started(start.sandbox), 0.0), Start)
     state.handle(ClaimSettled(1), 0.0)
     state.handle(ClaimAsked(2, "ada"), 0.0)
     state.handle(ClaimAsked(3, "ada", own=True), 0.0)
@@ -637,7 +680,7 @@ def test_bounds_that_make_no_sense_are_refused(minimum: int, maximum: int, line_
 def test_a_member_takes_only_the_steps_of_the_life_cycle() -> None:
     tried: Counter[bool] = Counter()
     for before, after in itertools.product(SandboxState, SandboxState):
-        member = Member("s", before)
+        member = Member("s", state=before)
         allowed = after in TRANSITIONS[before]
         tried[allowed] += 1
         if allowed:

@@ -12,12 +12,10 @@ import pytest
 
 from benchmarks import report
 from gateway.app import GatewayApp
-from gateway.settings import KNOWN_NAMES, environment_name
+from gateway.settings import KNOWN_NAMES, environment_names
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-#: traits of traitlets' own Application that are of no use to an operator here
-PLUMBING = {"log_datefmt", "log_format", "logging_config", "show_config", "show_config_json"}
 
 
 def test_every_package_is_in_the_wheel() -> None:
@@ -40,12 +38,16 @@ def test_every_setting_is_documented() -> None:
     text = (ROOT / "docs" / "configuration.md").read_text()
     for cls in [GatewayApp, *GatewayApp.classes]:
         section = text.partition(f"## {cls.__name__}\n")[2].partition("\n## ")[0]
-        documented = set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE))
-        assert documented == set(cls.class_traits(config=True)) - PLUMBING, cls.__name__
-        for name in documented:
-            assert f"`{environment_name(cls.__name__, name)}`" in section
-    for name in KNOWN_NAMES:
-        assert f"`{name}`" in text
+        rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \|", section, re.MULTILINE)
+        documented = {name: re.findall(r"`(\w+)`", environment) for name, _, environment in rows}
+        settings = cls.class_traits(config=True)
+        assert documented == {name: environment_names(cls.__name__, name) for name in settings}, cls.__name__
+        for name, shown, _ in rows:
+            plain = settings[name].default_value
+            if shown.startswith("`") and isinstance(plain, bool | int | float | str) and plain != "":
+                assert shown == f"`{plain}`", name
+    for known in KNOWN_NAMES:
+        assert f"`{known}`" in text
 
 
 def test_the_readme_shows_the_results() -> None:

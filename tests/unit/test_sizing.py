@@ -25,19 +25,40 @@ def test_what_is_wanted_and_why(minimum: int, waiting: int, room: int, count: in
     assert sizing.wanted(minimum, waiting, room) == sizing.Want(count, why)
 
 
-@given(minimum=counts, waiting=counts, room=st.integers(min_value=-5, max_value=200), unclaimed=counts, slots=counts)
+@given(
+    minimum=counts,
+    waiting=counts,
+    room=st.integers(min_value=-5, max_value=200),
+    unclaimed=counts,
+    starting=counts,
+    concurrency=st.integers(min_value=1, max_value=64),
+)
 def test_never_more_than_fits_nor_than_may_start_at_once(
-    minimum: int, waiting: int, room: int, unclaimed: int, slots: int
+    minimum: int, waiting: int, room: int, unclaimed: int, starting: int, concurrency: int
 ) -> None:
     want = sizing.wanted(minimum, waiting, room).count
-    starts = sizing.starts_now(want, unclaimed, slots)
-    assert 0 <= starts <= slots
+    starts = sizing.starts_now(want, waiting, unclaimed, starting, concurrency)
+    assert 0 <= starts <= max(0, concurrency - starting)
     assert starts == 0 or unclaimed + starts <= min(room, waiting + minimum)
+    if starts and unclaimed + starts > min(want, waiting):
+        assert starting + starts <= max(1, concurrency // 2), "spare sandboxes take the cores of those at work"
 
 
-def test_surplus_starts_nothing() -> None:
-    assert sizing.starts_now(2, 5, 2) == 0
-    assert sizing.starts_now(2, 0, -1) == 0
+@pytest.mark.parametrize(
+    ("want", "waiting", "unclaimed", "starting", "concurrency", "starts"),
+    [
+        (2, 0, 5, 0, 2, 0),  # a surplus
+        (2, 0, 0, 3, 2, 0),  # more under way than may be
+        (4, 0, 0, 0, 2, 1),  # spare ones: half of it
+        (4, 0, 0, 0, 8, 4),
+        (4, 4, 0, 0, 2, 2),  # who waits gets all of it
+        (4, 1, 0, 0, 4, 2),  # one for who waits, and one spare
+    ],
+)
+def test_how_many_start_now(
+    want: int, waiting: int, unclaimed: int, starting: int, concurrency: int, starts: int
+) -> None:
+    assert sizing.starts_now(want, waiting, unclaimed, starting, concurrency) == starts
 
 
 def test_backoff_doubles_up_to_its_bound() -> None:

@@ -130,6 +130,71 @@ def test_a_death_loses_no_output(short_directory: Path, end: str, code: int | No
         assert sandbox.process.wait(5) == (code if code is not None else 128 + (signum or 0))
 
 
+@pytest.mark.parametrize("end", ["os.kill(os.getppid(), 15); time.sleep(60)", "time.sleep(60)"])
+def test_a_supervisor_that_is_stopped_tells_what_the_kernel_had_not_sent(short_directory: Path, end: str) -> None:
+    with LocalSandbox(short_directory) as sandbox:
+        sandbox.open()
+        cell = sandbox.start_cell(f"import os, time\nos.write(1, b'raw ')\nprint('pre', end='')\n{end}")
+        received: dict[str, str] = {}
+        if end.startswith("time"):
+            message = sandbox.receive("iopub", lambda message: message["msg_type"] == "stream")
+            received[message["header"]["msg_id"]] = message["content"]["text"]
+            sandbox.process.terminate()
+        event, records = sandbox.exit_event()
+        assert (event["code"], event["signal"]) == (None, 9), "this is how the kernel ended"
+        while sandbox.sockets["iopub"].poll(200):
+            _, message = sandbox.session.recv(sandbox.sockets["iopub"], 0)
+            if message is not None and message["msg_type"] == "stream":
+                received[message["header"]["msg_id"]] = message["content"]["text"]
+        assert "".join(received.values()) + unseen(records, received) == "raw pre"
+        assert all(record["parent"]["msg_id"] == cell for record in records if record["kind"] == "text")
+        assert sandbox.process.wait(5) == 143, "and this is why"
+        assert not Path(f"/proc/{sandbox.hello['pid']}").exists()
+
+
+def test_a_stop_does_not_change_how_a_kernel_had_ended(short_directory: Path) -> None:
+    with LocalSandbox(short_directory, kernel=["/bin/sh", "-c", "exit 7"]) as sandbox:
+        assert sandbox.exit_event()[0]["code"] == 7
+        sandbox.process.terminate()
+        assert sandbox.process.wait(5) == 7
+    other = short_directory / "other"
+    other.mkdir()
+    with LocalSandbox(other, kernel=SLEEPER) as sandbox:
+        sandbox.request("signal", signum=9)
+        assert sandbox.exit_event()[0]["signal"] == 9
+        sandbox.process.terminate()
+        assert sandbox.process.wait(5) == 137
+
+
+def test_a_host_that_does_not_read_cannot_hold_up_the_end(short_directory: Path) -> None:
+    with LocalSandbox(short_directory, kernel=SLEEPER) as sandbox:
+        (sandbox.work / "large").write_bytes(bytes(1 << 20))
+        for number in range(4):
+            sandbox.stream.sendall(pack({"op": "get", "id": number, "path": "large", "offset": 0, "size": 1 << 20}))
+        time.sleep(0.2)
+        began = time.monotonic()
+        sandbox.process.terminate()
+        assert sandbox.process.wait(5) == 143
+        assert time.monotonic() - began < 1.9, "a process launcher waits 2 s"
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may read everything; tests/integration looks from a sandbox")
+def test_its_own_user_sees_into_the_kernel_but_not_into_the_supervisor(short_directory: Path) -> None:
+    with LocalSandbox(short_directory) as sandbox:
+        sandbox.open()
+        for name in ("environ", "mem", "maps"):
+            with pytest.raises(PermissionError):
+                os.open(f"/proc/{sandbox.process.pid}/{name}", os.O_RDONLY)
+            os.close(os.open(f"/proc/{sandbox.hello['pid']}/{name}", os.O_RDONLY))
+        stats = sandbox.request("stats")[0]
+        assert stats["rss"] > 0 and stats["cpu_seconds"] > 0
+
+
+def test_the_kernel_goes_before_the_supervisor_when_memory_runs_out(short_directory: Path) -> None:
+    with LocalSandbox(short_directory, kernel=SLEEPER) as sandbox:
+        assert Path(f"/proc/{sandbox.hello['pid']}/oom_score_adj").read_text() == "500\n"
+
+
 def test_a_kernel_that_cannot_start_says_why(short_directory: Path) -> None:
     with LocalSandbox(short_directory, preload=["no_such_module"]) as sandbox:
         event, records = sandbox.exit_event()

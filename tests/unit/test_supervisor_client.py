@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 from samovar_kernel.frames import MAX_BODY, MAX_HEADER, FrameError, FrameReader, pack
 
 from kernelprovisioner.launchers.base import Endpoint
-from kernelprovisioner.supervisor import PIECE, FileEntry, SupervisorClient, SupervisorError, remaining_output
+from kernelprovisioner.supervisor import SupervisorClient, SupervisorError, remaining_output
 
 TOKEN = "token"
 Answer = Callable[[dict[str, Any], bytes], bytes]
@@ -55,67 +54,13 @@ async def client_of(directory: Path, answer: Answer) -> AsyncIterator[Supervisor
             await client.gone
 
 
-async def test_a_file_goes_in_and_comes_out_in_pieces(tmp_path: Path) -> None:
-    stored = bytearray()
-
-    def answer(header: dict[str, Any], body: bytes) -> bytes:
-        if header["op"] == "put":
-            assert header["offset"] == len(stored)
-            stored.extend(body)
-            assert header["final"] == (len(stored) == len(content))
-            return pack({"id": header["id"], "ok": True})
-        piece = bytes(stored[header["offset"] : header["offset"] + header["size"]])
-        eof = header["offset"] + len(piece) >= len(stored)
-        return pack({"id": header["id"], "ok": True, "eof": eof}, piece)
-
-    content = os.urandom(2 * PIECE + 17)
-    async with client_of(tmp_path, answer) as client:
-        await client.put_file("data.bin", content)
-        assert await client.get_file("data.bin", limit=len(content)) == content
-        with pytest.raises(SupervisorError, match="more than 100 bytes"):
-            await client.get_file("data.bin", limit=100)
-
-
-async def test_an_empty_file_is_one_final_piece(tmp_path: Path) -> None:
-    seen: list[dict[str, Any]] = []
-
-    def answer(header: dict[str, Any], body: bytes) -> bytes:
-        seen.append(header)
-        return pack({"id": header["id"], "ok": True})
-
-    async with client_of(tmp_path, answer) as client:
-        await client.put_file("empty", b"")
-    assert [(header["offset"], header["final"]) for header in seen] == [(0, True)]
-
-
-async def test_files_are_listed_page_by_page_up_to_the_limit(tmp_path: Path) -> None:
-    names = [f"{number:04}" for number in range(50)]
-
-    def answer(header: dict[str, Any], body: bytes) -> bytes:
-        rest = [name for name in names if header["after"] is None or name > header["after"]]
-        page = rest[: min(header["limit"], 20)]
-        entries = [[name, 1, 2] for name in page]
-        return pack({"id": header["id"], "ok": True, "more": len(rest) > len(page)}, json.dumps(entries).encode())
-
-    async with client_of(tmp_path, answer) as client:
-        assert await client.list_files(limit=1000) == [FileEntry(name, 1, 2) for name in names]
-        assert len(await client.list_files(limit=33)) == 33
-
-
-@pytest.mark.parametrize("body", [b"", b"[[1]]", b'{"a":1}', b"[" * 50_000, b'[["a","b","c"]]'])
-async def test_a_list_that_cannot_be_read_is_an_error(tmp_path: Path, body: bytes) -> None:
-    async with client_of(tmp_path, lambda header, _: pack({"id": header["id"], "ok": True}, body)) as client:
-        with pytest.raises(SupervisorError):
-            await client.list_files(limit=10)
-
-
 async def test_a_refusal_carries_the_reason(tmp_path: Path) -> None:
     def answer(header: dict[str, Any], body: bytes) -> bytes:
         return pack({"id": header["id"], "ok": False, "error": "No space left on device"})
 
     async with client_of(tmp_path, answer) as client:
         with pytest.raises(SupervisorError, match="No space left"):
-            await client.put_file("x", b"y")
+            await client.request("put", b"y", path="x")
 
 
 @pytest.mark.parametrize(

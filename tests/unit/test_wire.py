@@ -303,3 +303,9 @@ async def test_a_kernel_that_goes_away_closes_the_wire_and_fails_what_waits(tmp_
         kernel.sockets["shell"].close()
         with pytest.raises(WireError, match="went away"):
             await asking
+
+
+async def test_text_that_is_not_unicode_is_an_error_of_its_sender(tmp_path: Path) -> None:
+    async with kernel_and_wire(tmp_path) as (_, connected):
+        with pytest.raises(WireError, match="not Unicode"):
+            connected.send("shell", "execute_request", {"code": "\udc80"})

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,8 @@ class FakeSandbox:
             piece = content[fields["offset"] : fields["offset"] + fields["size"]]
             return {"size": len(content), "mtime_ns": mtime_ns, "eof": True}, piece
         assert op == "list"
-        names = [name for name in sorted(self.files) if fields.get("after") is None or name > fields["after"]]
+        after = fields.get("after", "").split("/")
+        names = sorted((name for name in self.files if name.split("/") > after), key=lambda name: name.split("/"))
         page = names[: fields["limit"]]
         entries = [[name, len(self.files[name][0]), self.files[name][1]] for name in page]
         return {"more": len(names) > len(page)}, json.dumps(entries).encode()
@@ -190,7 +193,22 @@ HOSTILE = [
     "a" * 2000,
     "jupyter_server_config.py",
     "sub/Jupyter_Notebook_Config.JSON",
+    "sub/jupyter_server_config.d/extension.json",
+    "IPython_Config.py",
     "sitecustomize.py",
+    "sitecustomize.pyc",
+    "sitecustomize.cpython-311-x86_64-linux-gnu.so",
+    "SiteCustomize/__init__.py",
+    "\u017fitecustomize.py",
+    "sub/usercustomize/deeper/__init__.py",
+    "venv/lib/python3.11/site-packages/run.pth",
+    "venv/pyvenv.cfg",
+    "-rf",
+    "sub/--checkpoint-action=exec=sh x",
+    " blank",
+    "sub /file",
+    "file ",
+    "\u202egpj.py",
     7,
     None,
 ]
@@ -202,7 +220,13 @@ def test_hostile_names_are_refused(name: object) -> None:
         checked_name(name)
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a b/c d.txt", "ü/日本.csv", "a..b", "x/jupyter.txt"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("a.txt", "a b/c d.txt", "ü/日本.csv", "a..b", "x/jupyter.txt", "a-b/c-.txt", "(1) ~draft_.md", "model.pth"),
+        *("jupyter_config_notes.md", "customize.py", "my_sitecustomize.py"),
+    ],
+)
 def test_plain_names_are_taken(name: str) -> None:
     assert checked_name(name) == tuple(name.split("/"))
 
@@ -258,7 +282,7 @@ async def test_what_comes_back_is_bounded_over_the_whole_life(host: Path, monkey
 
 
 async def test_a_supervisor_that_lies_is_not_believed(host: Path) -> None:
-    class Liar(FakeSandbox):
+    class Endless(FakeSandbox):
         async def __call__(self, op: str, body: bytes = b"", **fields: Any) -> tuple[dict[str, Any], bytes]:
             if op == "list":
                 page = [["a", 3, 1], ["b", "x", 1], ["c"], "d", ["e", -1, 1], ["f", 1 << 60, 1], None]
@@ -266,9 +290,132 @@ async def test_a_supervisor_that_lies_is_not_believed(host: Path) -> None:
             return {"size": 3, "mtime_ns": 1}, bytes(1024 * 1024)  # never ends where it says
 
     work = WorkDirectory(host)
-    report = await asyncio.wait_for(work.bring_back(Liar()), 5)
+    report = await asyncio.wait_for(work.bring_back(Endless()), 5)
     work.close()
     assert report.written == [] and os.listdir(host) == []
+
+
+class Liar(FakeSandbox):
+    """A supervisor that lists whatever it is told to, and whose files are never what it says."""
+
+    def __init__(self, *pages: list[Any]) -> None:
+        super().__init__()
+        self.pages = list(pages)
+        self.served = b"not what was listed"
+
+    async def __call__(self, op: str, body: bytes = b"", **fields: Any) -> tuple[dict[str, Any], bytes]:
+        if op == "list":
+            page = self.pages.pop(0) if self.pages else []
+            return {"more": bool(self.pages)}, json.dumps(page).encode()
+        self.gets += 1
+        return {"size": 3, "mtime_ns": 1}, self.served
+
+
+def entries_below(*directories: str) -> list[Any]:
+    return [[f"{directory}/f", 3, 1] for directory in directories]
+
+
+async def test_no_directory_is_made_for_a_file_that_does_not_come(host: Path) -> None:
+    work = WorkDirectory(host)
+    deep = [f"d{number:02}/" + "/".join("x" * 14) for number in range(20)]
+    report = await work.bring_back(Liar(entries_below(*deep)))
+    work.close()
+    assert report.written == [] and report.failed == 20
+    assert os.listdir(host) == []
+
+
+async def test_directories_count_like_files(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workdir, "BACK", Bounds(files=6, total_bytes=1000, file_bytes=50))
+    (host / "there").mkdir()
+    sandbox = FakeSandbox()
+    work = await started(host, sandbox)
+    sandbox.write("a/b/c/d/e/f/g", b"too deep for what is left")
+    sandbox.write("m/n/one", b"1")
+    sandbox.write("m/n/two", b"2")
+    sandbox.write("there/three", b"3")
+    sandbox.write("x/four", b"4")
+    report = await work.bring_back(sandbox)
+    assert sorted(report.written) == ["m/n/one", "m/n/two", "there/three"]
+    assert "6 files and directories" in report.refused["'x/four'"]
+    assert sorted(path.name for path in host.rglob("*") if path.is_dir()) == ["m", "n", "there"]
+    # What is removed on the host may be made again: it is still no more than that.
+    shutil.rmtree(host / "m")
+    sandbox.write("m/n/one", b"1 again")
+    assert (await work.bring_back(sandbox)).written == ["m/n/one"]
+    sandbox.write("five", b"5")
+    sandbox.write("six", b"6")
+    assert (await work.bring_back(sandbox)).written == ["five"]
+    work.close()
+
+
+async def test_directories_stay_charged_when_their_file_has_no_place(
+    host: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workdir, "BACK", Bounds(files=9, total_bytes=1000, file_bytes=50))
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    sandbox = FakeSandbox()
+    work = await started(host, sandbox)
+    for number in range(20):
+        sandbox.write(f"{number}/a/b/f", b"x")
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "link", full)
+        report = await work.bring_back(sandbox)
+    work.close()
+    assert report.written == []
+    assert len(list(host.rglob("*"))) <= 9
+
+
+async def test_what_is_fetched_for_nothing_is_bounded_in_each_round(
+    host: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [[f"{number:03}", 3, 1] for number in range(200)]
+    work = WorkDirectory(host)
+    monkeypatch.setattr(workdir, "BACK", Bounds(files=10, total_bytes=10_000, file_bytes=50))
+    liar = Liar(names)
+    await work.bring_back(liar)
+    assert liar.gets == 10
+    monkeypatch.setattr(workdir, "BACK", Bounds(files=1000, total_bytes=10_000, file_bytes=50))
+    liar = Liar(names)
+    liar.served = bytes(1000)
+    await work.bring_back(liar)
+    assert liar.gets == 10
+    # the next round begins anew
+    good = FakeSandbox()
+    good.write("good", b"x")
+    assert (await work.bring_back(good)).written == ["good"]
+    work.close()
+
+
+async def test_a_listing_holds_each_name_once_and_not_too_many_characters(host: Path) -> None:
+    work = WorkDirectory(host)
+    liar = Liar([["same", 3, number] for number in range(50)] + [["aa", 3, 1], ["z", 3, 1]], [["same", 3, 1]])
+    await work.bring_back(liar)
+    assert liar.gets == 2
+    huge = Liar(*([[f"{number:03}" + "x" * workdir.MIB, 3, 1]] for number in range(100)))
+    await work.bring_back(huge)
+    work.close()
+    assert len(huge.pages) > 80
+
+
+async def test_what_is_remembered_of_other_names_does_not_grow(host: Path) -> None:
+    work = WorkDirectory(host)
+    for number in range(5):
+        await work.bring_back(Liar([[f".hidden-{number}-{file}", 3, 1] for file in range(10)]))
+    assert len(work._seen) == 10
+    work.close()
+
+
+async def test_a_listing_of_many_pages_loses_no_name(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workdir, "_PAGE", 1)
+    sandbox = FakeSandbox()
+    for name in ("a/x", "a/y", "a.txt", "b"):  # a walk's order; as strings, `a.txt` would come first
+        sandbox.write(name, b"x")
+    work = WorkDirectory(host)
+    assert (await work.bring_back(sandbox)).written == ["a/x", "a/y", "a.txt", "b"]
+    work.close()
 
 
 async def test_a_full_sandbox_is_told(host: Path) -> None:
