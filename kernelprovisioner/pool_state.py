@@ -309,9 +309,7 @@ class PoolState:
         room = self.maximum - len(self.members) + unclaimed - reserved
         self.want = sizing.wanted(self.minimum, in_line, room)
         if not backing_off:
-            starts = sizing.starts_now(
-                self.want.count, in_line, unclaimed, self.concurrency - slots, self.concurrency
-            )
+            starts = sizing.starts_now(self.want.count, in_line, unclaimed, self.concurrency - slots, self.concurrency)
             out += [self._start(None) for _ in range(starts)]
         return out
 

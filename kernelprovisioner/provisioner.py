@@ -104,6 +104,8 @@ class SandboxProvisioner(KernelProvisionerBase):
         scheme = manager.session.signature_scheme if manager is not None else "hmac-sha256"
         if scheme != "hmac-sha256":
             raise RuntimeError(f"the sandbox kernel signs its messages by hmac-sha256, not by {scheme!r}")
+        if manager is not None and not manager.session.key:
+            raise RuntimeError("the sandbox kernel signs its messages, and Session.key is empty: leave it unset")
         kwargs.pop("extra_arguments", None)  # they are for a kernel's command line; a sandbox's kernel runs already
         kwargs = await super().pre_launch(cmd=[], **kwargs)
         root = RuntimeRoot.open()

@@ -64,7 +64,6 @@ class ClaimRequest:
     kernel_id: str
     key: bytes
     env: Mapping[str, str] = field(default_factory=dict)
-    cwd: str | None = None
     session_name: str | None = None
     notice: str | None = None
     hold_ms: int = 0
@@ -107,7 +106,7 @@ class Sandbox:
         return self.launched.runtime_id
 
     async def claim(self, request: ClaimRequest) -> None:
-        """Make a warm sandbox personal: key, kernel id, environment, directory. Raises ClaimError; then destroy it.
+        """Make a warm sandbox personal: key, kernel id, environment. Raises ClaimError; then destroy it.
 
         The kernel answers under the new key, so that the answer itself proves who holds it.
         """
@@ -127,7 +126,6 @@ class Sandbox:
             "key": request.key.decode(),
             "kernel_id": request.kernel_id,
             "env": dict(request.env),
-            "cwd": request.cwd,
             "session_name": request.session_name,
             "notice": request.notice,
             "hold_ms": request.hold_ms,

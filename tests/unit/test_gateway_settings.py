@@ -110,6 +110,7 @@ def test_a_bad_variable_is_named(monkeypatch: pytest.MonkeyPatch, variable: str,
     ("argument", "words"),
     [
         ("--GatewayApp.prot=5", "did you mean 'port'"),
+        ("--prot=5", "did you mean 'port'"),
         ("--Gateway.port=5", "did you mean 'GatewayApp'"),
         ("--port=x", "port"),
         ("--GatewayApp.drain_timeout=nan", "finite"),

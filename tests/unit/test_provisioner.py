@@ -1,7 +1,9 @@
-"""What the provisioner launches where no gateway runs: in particular that nobody's code leaves its container unasked."""
+"""What the provisioner launches where no gateway runs: above all that no code leaves its container unasked."""
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +19,7 @@ from kernelprovisioner.runtime import ENVIRONMENT_NAME
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Wanted]:
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Wanted]]:
     """What was launched, with no gateway and no container engine."""
     found: list[Wanted] = []
 
@@ -32,13 +34,13 @@ def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Wanted]:
     async def launch(launcher: Any, image: Any, wanted: Wanted) -> Any:
         found.append(wanted)
 
-    directory = tmp_path / "run"
-    directory.mkdir(mode=0o700)
-    monkeypatch.setenv(ENVIRONMENT_NAME, str(directory))
     monkeypatch.setattr(module.GatewaySandbox, "claim", no_gateway)
     monkeypatch.setattr(module, "make_launcher", make_launcher)
     monkeypatch.setattr(module.OwnSandbox, "launch", launch)
-    return found
+    # Not tmp_path: paths of sockets must be short.
+    with tempfile.TemporaryDirectory(prefix="sv-", dir="/tmp") as directory:
+        monkeypatch.setenv(ENVIRONMENT_NAME, directory)
+        yield found
 
 
 WANTED = Wanted("python", "k", b"key", {}, notice="left out: 1 links\n")
