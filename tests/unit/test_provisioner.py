@@ -9,6 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import KernelManager
+from jupyter_client.session import Session
 
 from kernelprovisioner import provisioner as module
 from kernelprovisioner.claims import NoGateway
@@ -62,3 +65,10 @@ async def test_a_kernel_that_was_isolated_is_not_restarted_as_a_plain_process(la
     with pytest.raises(EngineUnavailable):
         await provisioner._make(WANTED)
     assert launched == []
+
+
+async def test_a_kernel_without_a_signing_key_is_refused() -> None:
+    manager = KernelManager(session=Session(key=b""))
+    provisioner = SandboxProvisioner(parent=manager, kernel_id="some", kernel_spec=KernelSpec())
+    with pytest.raises(RuntimeError, match=r"Session\.key is empty"):
+        await provisioner.pre_launch(env={})
