@@ -10,18 +10,21 @@ import signal
 import sys
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from traitlets import Bool, Dict, Enum, Integer, List, TraitError, Unicode, default
 from traitlets.config import Application, Config, Configurable
 from traitlets.config.loader import ArgumentError
 
 from gateway import __version__
-from gateway.server import Gateway, GatewaySettings
+from gateway.api_keys import ApiKeys
+from gateway.log_file import LOG_FILE_NAME, log_to_file, set_up_logging
 from gateway.settings import (
     ExecutionSettings,
+    OwnerLimits,
     PoolSettings,
     SandboxLimits,
+    SessionSettings,
     bad_trait,
     check_names,
     default_data_directory,
@@ -32,6 +35,9 @@ from kernelprovisioner.launchers import DockerLauncher, LauncherKind, ProcessLau
 from kernelprovisioner.launchers.docker_engine import engine_url
 from kernelprovisioner.runtime import ENVIRONMENT_NAME
 from kernelprovisioner.traits import FiniteFloat
+
+if TYPE_CHECKING:
+    from gateway.server import Gateway
 
 CONFIG_FILE = "samovar_config.py"
 LOG_LEVELS = ("DEBUG", "INFO", "WARN", "WARNING", "ERROR", "CRITICAL", 10, 20, 30, 40, 50)
@@ -48,13 +54,20 @@ class GatewayApp(Application):
     description = """Start the gateway: a pool of warm sandboxes, POST /exec and POST /api/v1/execute, and the claim
     socket for Jupyter clients of this user. Settings come from the command line, then SAMOVAR_… variables, then the
     environment names that code interpreters know (API_PORT, MAX_MEMORY_MB, …), then samovar_config.py."""
-    classes = [PoolSettings, SandboxLimits, ExecutionSettings, DockerLauncher, ProcessLauncher]  # noqa: RUF012
+    classes = [  # noqa: RUF012
+        *(PoolSettings, SandboxLimits, ExecutionSettings, OwnerLimits, SessionSettings),
+        *(DockerLauncher, ProcessLauncher),
+    ]
 
     host = Unicode("127.0.0.1", help="Address to listen on; 0.0.0.0 is all of this machine's.").tag(config=True)
     port = Integer(8000, min=0, max=65535, help="Port to listen on; 0 takes a free one.").tag(config=True)
     api_key = Unicode(
         help="The API key. Empty: the one kept in the data directory; the first start makes it and shows it once."
     ).tag(config=True)
+    api_keys = ApiKeys(
+        help='Further API keys, each with its owner: {"ada": "KEY", "bob": "sha256:…"}; or keys separated by commas. '
+        "Owners do not see each other's sessions, and share the places fairly."
+    ).tag(config=True, secret=True)
     launcher = Enum(
         ("auto", "docker", "process"),
         default_value="auto",
@@ -72,10 +85,24 @@ class GatewayApp(Application):
     drain_timeout = FiniteFloat(
         10.0, min=0, help="Seconds that running cells have to end after Ctrl-C or SIGTERM."
     ).tag(config=True)
+    keep_sandboxes = Bool(
+        False,
+        help="On SIGTERM leave warm and claimed sandboxes to the gateway that starts next: sessions keep their "
+        "variables over an upgrade. They end by themselves after 60 s without a gateway. Ctrl-C always removes them.",
+    ).tag(config=True)
     local_monitoring = Bool(
         True, help="Let this host call /health/detailed and /metrics/pool without a key (switch off behind a proxy)."
     ).tag(config=True)
     log_level = Enum(LOG_LEVELS, default_value="INFO", help="The least level of what is logged.").tag(config=True)
+    log_style = Enum(
+        ("text", "json"), default_value="text", help="How the log on standard error is written: text or JSON lines."
+    ).tag(config=True)
+    log_file = Unicode(
+        help="The log file (JSON lines), which samovar logs reads; empty: samovar.log in the data directory."
+    ).tag(config=True)
+    log_file_mb = Integer(
+        10, min=0, max=4096, help="MiB of log after which a new file is begun, beside 4 older ones; 0: no log file."
+    ).tag(config=True)
     first_cell = Bool(False, help="After the start run a first cell, and print commands to try.").tag(config=True)
 
     # What traitlets has for every application and this one has not: without the tag they are no settings.
@@ -96,6 +123,10 @@ class GatewayApp(Application):
     }
     flags = {  # noqa: RUF012
         "first-cell": ({"GatewayApp": {"first_cell": True}}, "Run a first cell and print commands to try."),
+        "keep-sandboxes": (
+            {"GatewayApp": {"keep_sandboxes": True}},
+            "On SIGTERM leave the sandboxes to the next gateway.",
+        ),
         "debug": ({"GatewayApp": {"log_level": "DEBUG"}}, "Log everything."),
     }
 
@@ -117,7 +148,7 @@ class GatewayApp(Application):
     def initialize(self, argv: list[str] | None = None) -> None:
         """Bring all configuration together, and log as it says. Raises StartError for what is wrong in it."""
         unknown = self.configure(argv)
-        _set_up_logging(cast("int | str", self.log_level))
+        set_up_logging(cast("int | str", self.log_level), as_json=self.log_style == "json")
         for name in unknown:
             _log.warning("the environment variable %s is no setting of Samovar and has no effect", name)
 
@@ -143,7 +174,8 @@ class GatewayApp(Application):
     def start(self) -> None:
         """Serve until SIGINT or SIGTERM. Raises StartError."""
         try:
-            asyncio.run(self._main())
+            with log_to_file(self.log_path, self.log_file_mb * 2**20):
+                asyncio.run(self._main())
         except TraitError as error:
             raise bad_trait(error) from None
 
@@ -151,6 +183,11 @@ class GatewayApp(Application):
     def data_directory(self) -> Path:
         """The directory of all that is kept on disk."""
         return Path(self.data_dir).expanduser().absolute()
+
+    @property
+    def log_path(self) -> Path:
+        """The log file."""
+        return Path(self.log_file).expanduser().absolute() if self.log_file else self.data_directory / LOG_FILE_NAME
 
     @property
     def runtime_directory(self) -> Path | None:
@@ -172,6 +209,9 @@ class GatewayApp(Application):
 
     def gateway(self, report: Callable[[str], None]) -> Gateway:
         """A gateway with this configuration, not started."""
+        # Only `samovar serve` needs what it imports; the other commands start sooner without.
+        from gateway.server import Gateway, GatewaySettings
+
         settings = GatewaySettings(
             host=self.host,
             port=self.port,
@@ -180,6 +220,7 @@ class GatewayApp(Application):
             data_directory=self.data_directory,
             runtime_directory=self.runtime_directory,
             api_key=self.api_key,
+            api_keys=dict(self.api_keys),
             drain_timeout=self.drain_timeout,
             local_monitoring=self.local_monitoring,
         )
@@ -189,14 +230,19 @@ class GatewayApp(Application):
         gateway = self.gateway(_say)
         stopping = asyncio.Event()
 
-        def stop() -> None:
+        def stop(signum: signal.Signals) -> None:
+            if signum is signal.SIGINT:
+                # Also when both come at once, in whatever order they are seen.
+                gateway.keep = False
+            elif not stopping.is_set():
+                gateway.keep = self.keep_sandboxes
             if stopping.is_set():
                 gateway.hurry.set()
             stopping.set()
 
         loop = asyncio.get_running_loop()
         for signum in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(signum, stop)
+            loop.add_signal_handler(signum, stop, signum)
         asked = asyncio.create_task(stopping.wait(), name="wait for a signal")
         try:
             await self._serve(gateway, asked)
@@ -215,10 +261,13 @@ class GatewayApp(Application):
 
                 await _unless_asked(asked, first_cell.run(gateway))
             await asked
+            _log.info("the gateway stops")
             _say(f"Stopping: running cells are given up to {self.drain_timeout:g} s (Ctrl-C again: none).")
         finally:
             await gateway.stop()
-        if gateway.left:
+        if gateway.kept:
+            _say(f"Stopped; {len(gateway.kept)} sandboxes wait up to 60 s for the next gateway.")
+        elif gateway.left:
             _say("Stopped; the container engine did not confirm all removals: the next start removes what is left.")
         else:
             _say("Stopped; nothing was left behind.")
@@ -233,6 +282,8 @@ class GatewayApp(Application):
             _say(f"The API key is the one in {gateway.key.path}.")
         host = f"[{self.host}]" if ":" in self.host else self.host
         _say(f"Samovar {__version__} serves http://{host}:{gateway.port} with the {gateway.launcher.name} launcher.")
+        # For `samovar logs`: what the terminal shows is not in the log.
+        _log.info("the gateway serves port %d; its sandboxes are in %s", gateway.port, gateway.runtime.path)
 
     def _file(self, command_line: Config, environment: Config, classes: list[Any]) -> Config:
         chosen = Config()
@@ -275,10 +326,3 @@ def _warning() -> str:
     width = max(map(len, lines)) + 4
     box = "\n".join(["!" * (width + 4), *(f"!!{line.center(width)}!!" for line in lines), "!" * (width + 4)])
     return f"\n\033[1;31m{box}\033[0m\n" if sys.stdout.isatty() else f"\n{box}\n"
-
-
-def _set_up_logging(level: int | str) -> None:
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", stream=sys.stderr)
-    # Every request to the engine is one line there.
-    logging.getLogger("urllib3").setLevel(logging.WARNING)
-    logging.getLogger("asyncio").setLevel(logging.WARNING)

@@ -1,10 +1,10 @@
-"""API keys: where the gateway's key comes from, and whether a request carries it."""
+"""API keys: where the gateway's own key comes from, who else has one, and whose a request carries."""
 
 from __future__ import annotations
 
 import hashlib
-import hmac
 import os
+import re
 import secrets
 import stat
 from collections.abc import Mapping
@@ -16,7 +16,11 @@ from gateway.errors import ExitCode, StartError
 #: Who owns what is made with the gateway's own key. Not derived from the key, so that a new key keeps the owner.
 DEFAULT_OWNER = "main"
 KEY_FILE = "api-key"
+#: How a key is written of which only the SHA-256 is known here.
+HASHED = "sha256:"
 _MIN_LENGTH = 8
+_OWNER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,11 @@ def find_key(configured: str, data_directory: Path) -> ApiKey:
     Raises StartError where the key is too short or the file cannot be used.
     """
     if configured:
+        if configured.startswith(HASHED):
+            raise StartError(
+                "The configured API key cannot be used: only GatewayApp.api_keys may have a hash instead of a key.",
+                ExitCode.CONFIGURATION,
+            )
         return ApiKey(_checked(configured, "The configured API key"))
     path = data_directory / KEY_FILE
     try:
@@ -44,24 +53,44 @@ def find_key(configured: str, data_directory: Path) -> ApiKey:
         raise StartError(f"The API key in {path} cannot be read: {error.strerror}.", ExitCode.UNWRITABLE) from None
 
 
+def all_keys(own: ApiKey, others: Mapping[str, object]) -> KeyCheck:
+    """Return the check for the gateway's own key and those in `others`: owner's id → key or `sha256:` and its digest.
+
+    Raises StartError that names the owner whose key cannot be used.
+    """
+    owners = {own.value: DEFAULT_OWNER}
+    digests = {known_digest(own.value): DEFAULT_OWNER}
+    for owner, key in others.items():
+        what = f"The API key of {owner!r} in GatewayApp.api_keys"
+        if not _OWNER.fullmatch(owner):
+            text = f"{what} cannot be used: an owner's name has up to 64 letters, digits, '.', '_' and '-'."
+        elif not isinstance(key, str) or (key.startswith(HASHED) and not _HEX_DIGEST.fullmatch(key[len(HASHED) :])):
+            text = f"{what} cannot be used: it is a text, or {HASHED} and the 64 hexadecimal digits of its SHA-256."
+        elif digests.setdefault(known_digest(_checked(key, what)), owner) != owner:
+            text = f"{what} cannot be used: it is also that of {digests[known_digest(key)]!r}."
+        else:
+            owners[key] = owner
+            continue
+        raise StartError(text, ExitCode.CONFIGURATION)
+    return KeyCheck(owners)
+
+
+def known_digest(key: str) -> bytes:
+    """Return the SHA-256 of a key as it is configured: itself, or `sha256:` and that digest."""
+    return bytes.fromhex(key[len(HASHED) :]) if key.startswith(HASHED) else _digest(key)
+
+
 class KeyCheck:
-    """Tells whose key a request carries, in the same time for every wrong one."""
+    """Tells whose key a request carries. Keys are looked up by digest: the time it takes says nothing of a key."""
 
     def __init__(self, owners: Mapping[str, str]) -> None:
-        """`owners` maps each key to its owner's id; only digests of the keys are held."""
-        self._owners = [(_digest(key), owner) for key, owner in owners.items()]
+        """`owners` maps each key, or `sha256:` and its digest, to its owner's id; only digests are held."""
+        self._owners = {known_digest(key): owner for key, owner in owners.items()}
 
     def owner(self, headers: Mapping[str, str]) -> str | None:
         """Return the owner by `x-api-key` or `Authorization: Bearer|token …`, or None without a valid key."""
         presented = headers.get("X-Api-Key") or _bearer(headers.get("Authorization", ""))
-        if not presented:
-            return None
-        digest = _digest(presented)
-        found: str | None = None
-        for known, owner in self._owners:
-            if hmac.compare_digest(known, digest):
-                found = owner
-        return found
+        return self._owners.get(_digest(presented)) if presented else None
 
 
 def _bearer(header: str) -> str:

@@ -8,7 +8,7 @@ import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import docker
 
@@ -51,31 +51,6 @@ class ContainerImages:
             raise StartError(
                 f"The container engine at {self._url} does not answer any more: {explain(error)}.", ExitCode.NO_ENGINE
             ) from None
-
-    async def engine(self) -> dict[str, Any]:
-        """Which engine answers. Raises the docker package's errors."""
-        return await asyncio.to_thread(self._engine)
-
-    async def state(self, image: KernelImage) -> dict[str, Any]:
-        """The container image for /health/detailed."""
-        built = await asyncio.to_thread(self._built, image)
-        if built is None:
-            return {"status": "unhealthy", "error": f"{image.tag} is missing; run: samovar images build {image.name}"}
-        return {
-            "status": "healthy" if built.current else "degraded",
-            "image_id": built.image_id,
-            "created": built.created,
-            "size": built.size,
-            "current": built.current,
-        }
-
-    def _engine(self) -> dict[str, Any]:
-        client = docker.DockerClient(base_url=self._url, timeout=_CALL_SECONDS)
-        try:
-            found = client.version()
-        finally:
-            client.close()
-        return {"version": found.get("Version"), "api_version": found.get("ApiVersion")}
 
     def _built(self, image: KernelImage) -> BuiltImage | None:
         client = docker.DockerClient(base_url=self._url, timeout=_CALL_SECONDS)

@@ -76,6 +76,17 @@ def too_busy(message: str, retry_after: float) -> RequestError:
     return RequestError(HTTPStatus.SERVICE_UNAVAILABLE, "too_busy", message, retry_after=retry_after)
 
 
+def too_many(message: str, limit: str, retry_after: float) -> RequestError:
+    """A 429 that names the limit of its owner and says when to come back."""
+    return RequestError(
+        HTTPStatus.TOO_MANY_REQUESTS,
+        "limit_reached",
+        message,
+        details=[Detail("", message, limit)],
+        retry_after=retry_after,
+    )
+
+
 def from_validation(error: msgspec.ValidationError) -> RequestError:
     """A 422 from msgspec's text, which names the place as "... - at `$.files[0].id`"."""
     text = str(error)

@@ -72,7 +72,8 @@ def _shown(answer: dict[str, Any]) -> str:
     return (
         f"Answer:\n{_indented(answer['stdout'] + answer['stderr'])}\n"
         f"Status {answer['status']}, sandbox {str(answer['container_id'])[:12]} ({source}): "
-        f"claim {timings['claim_ms']:.1f} ms, run {timings['run_ms']:.1f} ms, total {timings['total_ms']:.1f} ms"
+        f"wait {timings['wait_ms']:.1f} ms, claim {timings['claim_ms']:.1f} ms, run {timings['run_ms']:.1f} ms, "
+        f"total {timings['total_ms']:.1f} ms"
     )
 
 

@@ -8,8 +8,10 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from gateway.errors import timestamp
+from kernelprovisioner.exit_log import ExitLog
 
 _CHECK_SECONDS = 5.0
+_EXITS_SHOWN = 10
 
 Check = Callable[[], Awaitable[dict[str, Any]]]
 """Returns what is known of one service, with `status`: healthy, degraded or unhealthy, which an exception is, too."""
@@ -18,16 +20,18 @@ Check = Callable[[], Awaitable[dict[str, Any]]]
 class Health:
     """Runs the checks of all services side by side, each with a deadline."""
 
-    def __init__(self, version: str, checks: Mapping[str, Check]) -> None:
+    def __init__(self, version: str, checks: Mapping[str, Check], exits: ExitLog | None = None) -> None:
+        """`exits`: how the gateway's sandboxes ended."""
         self._version = version
         self._checks = checks
+        self._exits = ExitLog() if exits is None else exits
 
     def brief(self) -> dict[str, Any]:
         """The gateway is there: that is all that is said to everybody."""
         return {"status": "healthy", "version": self._version, "timestamp": timestamp()}
 
     async def detailed(self) -> dict[str, Any]:
-        """Every service with its status and `response_time_ms`, and how many are healthy."""
+        """Every service with its status and `response_time_ms`, how many are healthy, and how sandboxes ended."""
         names = list(self._checks)
         found = await asyncio.gather(*(_timed(self._checks[name]) for name in names))
         services = dict(zip(names, found, strict=True))
@@ -42,6 +46,10 @@ class Health:
                 "total_services": len(services),
                 "healthy_services": healthy,
                 "unhealthy_services": sum(service["status"] == "unhealthy" for service in services.values()),
+            },
+            "exits": {
+                "counts": self._exits.counts(),
+                "last": [entry.as_dict() for entry in self._exits.last(_EXITS_SHOWN)],
             },
         }
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
 import logging
 import os
 import resource
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +21,19 @@ from tornado.netutil import bind_sockets
 from traitlets.config import Configurable
 
 from gateway import __version__
-from gateway.auth import DEFAULT_OWNER, ApiKey, KeyCheck, find_key
+from gateway.answer_store import STORE_FILE, AnswerStore
+from gateway.auth import ApiKey, all_keys, find_key
 from gateway.container_images import ContainerImages
 from gateway.errors import ExitCode, StartError
-from gateway.handlers import make_application
+from gateway.handlers import SHAPES, make_application
 from gateway.handlers.base import Services
 from gateway.health import Check, Health
+from gateway.idempotency import KeyedCalls
 from gateway.patience import Patience
+from gateway.recovery import recover
+from gateway.service_checks import service_checks
 from gateway.sessions import SessionRegistry
-from gateway.settings import ExecutionSettings, PoolSettings, SandboxLimits
+from gateway.settings import ExecutionSettings, OwnerLimits, PoolSettings, SandboxLimits, SessionSettings
 from kernelprovisioner.claim_server import ClaimServer, SocketInUse
 from kernelprovisioner.images import ImageError, KernelImage, read_images
 from kernelprovisioner.launchers import DockerLauncher, LauncherKind, make_launcher
@@ -36,8 +41,8 @@ from kernelprovisioner.launchers.base import LaunchError
 from kernelprovisioner.launchers.configurable import ConfigurableLauncher
 from kernelprovisioner.patience import all_done
 from kernelprovisioner.pool import SandboxPool
-from kernelprovisioner.runtime import RuntimeDirectoryError, RuntimeRoot
-from kernelprovisioner.sandbox import Sandboxes
+from kernelprovisioner.runtime import RuntimeDirectoryError, RuntimeRoot, owner_lives
+from kernelprovisioner.sandboxes import Sandboxes
 
 _MAX_BODY_BYTES = 8 * 1024 * 1024
 _BODY_SECONDS = 30.0
@@ -80,6 +85,7 @@ class GatewaySettings:
     data_directory: Path
     runtime_directory: Path | None
     api_key: str
+    api_keys: Mapping[str, object]
     drain_timeout: float
     local_monitoring: bool
 
@@ -102,6 +108,10 @@ class Gateway:
         self._patience = Patience(self.hurry)
         #: after `stop`: the sandboxes whose removal nobody has confirmed
         self.left: list[str] = []
+        #: whether `stop` leaves the sandboxes to the next gateway, and after it those that were left
+        self.keep = False
+        self.kept: list[str] = []
+        self._has_adopted = False
         self.images: dict[str, KernelImage] = {}
         self.pools: dict[str, SandboxPool] = {}
         self.port = settings.port
@@ -115,7 +125,9 @@ class Gateway:
         """Start all parts. Raises StartError with one sentence for a person."""
         try:
             await self._start()
-        except BaseException:
+        except BaseException as error:
+            # What was adopted has holders: it stays for a start that does not fail.
+            self.keep = self.keep or (self._has_adopted and isinstance(error, StartError))
             self._patience.begin()
             await self.stop()
             raise
@@ -123,6 +135,7 @@ class Gateway:
     async def stop(self) -> None:
         """Answer what was accepted, as far as the drain timeout lets it end; leave nothing behind.
 
+        With `keep` set, warm and claimed sandboxes stay for the next gateway, and cells that still run run on.
         An engine that does not answer holds this up for 15 s after the drain; `left` is what then stays in it.
         """
         try:
@@ -133,6 +146,7 @@ class Gateway:
     async def _start(self) -> None:
         settings, stack = self.settings, self._stack
         self.key = _prepare_data(settings)
+        keys = all_keys(self.key, settings.api_keys)
         execution = ExecutionSettings(parent=self._parent)
         pool_settings = PoolSettings(parent=self._parent)
         there = _read_images()
@@ -144,47 +158,98 @@ class Gateway:
             stack.callback(each.close)
         self.port = int(sockets[0].getsockname()[1])
         self.runtime = _open_runtime(settings.runtime_directory)
-        self.launcher = await make_launcher(settings.launcher, runtime=self.runtime, parent=self._parent)
+        stack.callback(os.close, _only_gateway(self.runtime))
+        kind = settings.launcher
+        if kind == "auto" and any(each.startswith(DockerLauncher.name) for each in self.runtime.gateway_kinds()):
+            # An engine that is away when a gateway is started again must not bring its code out of its containers.
+            kind = "docker"
+        self.launcher = await make_launcher(kind, runtime=self.runtime, parent=self._parent)
         images: ContainerImages | None = None
         if isinstance(self.launcher, DockerLauncher):
             images = ContainerImages(self.launcher.docker_url, settings.data_directory, self._report)
         sandboxes = Sandboxes(self.launcher)
         try:
-            await sandboxes.start()
+            await sandboxes.start(resume=True)
         except LaunchError as error:
             raise StartError(f"No sandbox can be started: {error}", ExitCode.NO_ENGINE) from None
         stack.push_async_callback(self._stop_sandboxes, sandboxes)
+        for name, image in self.images.items():
+            self.pools[name] = SandboxPool(
+                image,
+                sandboxes,
+                bounds=bounds[name],
+                line_bound=pool_settings.line_bound,
+                upkeep=pool_settings.upkeep_of(image),
+            )
+            stack.push_async_callback(self._stop_pool, self.pools[name])
+        self.launcher.on_back = self._engine_back
+        sessions = SessionRegistry(
+            self.pools,
+            execution.cell_limits,
+            line_timeout=pool_settings.line_timeout,
+            owner_bounds=OwnerLimits(parent=self._parent).bounds,
+            idle_bounds=SessionSettings(parent=self._parent).bounds,
+        )
+        stack.push_async_callback(sessions.stop, _LAST_ANSWERS_SECONDS)
+        keyed = KeyedCalls(
+            AnswerStore(settings.data_directory / STORE_FILE),
+            SHAPES,
+            sessions,
+            gateway=str(self.launcher.owner.path),
+            limits=execution.cell_limits,
+            lives=lambda owner: asyncio.to_thread(owner_lives, Path(owner)),
+        )
+        stack.push_async_callback(keyed.stop, _LAST_ANSWERS_SECONDS)
+        claims = ClaimServer(self.pools, self.runtime.claim_socket)
+        # Before anything that is slow: sandboxes that nobody takes up end by themselves, and their holders give up.
+        recovered = await recover(
+            sandboxes,
+            self.pools,
+            {name: bound.max for name, bound in bounds.items()},
+            sessions,
+            claims,
+            longest_cell=execution.max_execution_time,
+        )
+        self._has_adopted = bool(recovered.adopted)
+        await self._serve_claims(claims)
+        await keyed.resume(recovered.followed)
         if images is not None:
             for image in self.images.values():
                 await images.ensure(image)
-        for name, image in self.images.items():
-            self.pools[name] = SandboxPool(image, sandboxes, bounds=bounds[name], line_bound=pool_settings.line_bound)
-        sessions = SessionRegistry(self.pools, execution.cell_limits, line_timeout=pool_settings.line_timeout)
         for pool in self.pools.values():
             await pool.start()
-            stack.push_async_callback(pool.stop, self._patience.over)
-        claims = await self._serve_claims()
+        claims.open()
+        sessions.idle.start()
+        stack.callback(sessions.idle.stop)
         services = Services(
-            keys=KeyCheck({self.key.value: DEFAULT_OWNER}),
+            keys=keys,
             sessions=sessions,
             pools=self.pools,
             images=self.images,
-            health=Health(__version__, self._checks(images)),
+            health=Health(__version__, self._checks(), sandboxes.exits),
+            keyed=keyed,
             max_execution_time=execution.max_execution_time,
             local_monitoring=settings.local_monitoring,
         )
         self._serve_http(services, claims, sockets)
 
-    async def _serve_claims(self) -> ClaimServer:
-        claims = ClaimServer(self.pools, self.runtime.claim_socket)
+    def _checks(self) -> dict[str, Check]:
+        directory = self.settings.data_directory
+        return service_checks(self.launcher, self.pools, self.images, directory, self.runtime.path)
+
+    def _engine_back(self) -> None:
+        for pool in self.pools.values():
+            pool.engine_back()
+
+    async def _serve_claims(self, claims: ClaimServer) -> None:
+        """Let holders come back; new claims are taken when the pools have started."""
         try:
-            await claims.start()
+            await claims.start(closed=True)
         except SocketInUse as error:
             raise StartError(f"The claim socket is in use: {error}.", ExitCode.PORT_IN_USE) from None
         except OSError as error:
             raise StartError(f"The claim socket {claims.path} cannot be made: {error}.", ExitCode.UNWRITABLE) from None
         self._stack.push_async_callback(self._stop_claims, claims)
-        return claims
 
     def _serve_http(self, services: Services, claims: ClaimServer, sockets: list[socket.socket]) -> None:
         server = _BoundedServer(
@@ -202,20 +267,23 @@ class Gateway:
         """No new connections; cells end, are cut off with their sandboxes, and are answered; then all hang up."""
         server.stop()
         await services.sessions.drain(self.settings.drain_timeout, self.hurry)
+        if self.keep:
+            services.sessions.leave()
         self._patience.begin()
         # Holders are told before their sandboxes go.
         await self._stop_claims(claims)
         # A cell is cut off as soon as its sandbox is to go, whether or not the engine confirms it.
         await asyncio.gather(
             services.sessions.drain(_LAST_ANSWERS_SECONDS, asyncio.Event()),
-            *(pool.stop(self._patience.over) for pool in self.pools.values()),
+            *(self._stop_pool(pool) for pool in self.pools.values()),
         )
+        await services.keyed.stop(_LAST_ANSWERS_SECONDS)
         await services.answers.taken(_LAST_ANSWERS_SECONDS)
         await server.close_all_connections()
 
     async def _stop_claims(self, claims: ClaimServer) -> None:
         """Tell the holders; who has not read its last files by then gets no more time."""
-        stopping = asyncio.create_task(claims.stop(), name="stop claims")
+        stopping = asyncio.create_task(claims.stop(keep=self.keep), name="stop claims")
         with suppress(TimeoutError):
             async with asyncio.timeout(_HOLDERS_SECONDS):
                 await all_done([stopping], self._patience.over)
@@ -224,38 +292,15 @@ class Gateway:
         if isinstance(failure, Exception):
             raise failure
 
+    async def _stop_pool(self, pool: SandboxPool) -> None:
+        await pool.stop(self._patience.over, keep=self.keep)
+
     async def _stop_sandboxes(self, sandboxes: Sandboxes) -> None:
-        self.left = await sandboxes.stop(self._patience.over)
-
-    def _checks(self, images: ContainerImages | None) -> dict[str, Check]:
-        async def engine() -> dict[str, Any]:
-            if images is None:
-                return {"status": "healthy", "launcher": self.launcher.name, "isolated": False}
-            return {"status": "healthy", "launcher": self.launcher.name, "isolated": True, **await images.engine()}
-
-        checks: dict[str, Check] = {"engine": engine}
-        for name, pool in self.pools.items():
-            checks[f"pool:{name}"] = _pool_check(pool)
-            if images is not None:
-                checks[f"image:{name}"] = _image_check(images, self.images[name])
-        return checks
-
-
-def _pool_check(pool: SandboxPool) -> Check:
-    async def check() -> dict[str, Any]:
-        found = pool.describe()
-        failing = bool(found["failures_in_a_row"])
-        usable = bool(found["warm"] + found["claimed"])
-        return {"status": "healthy" if not failing else "degraded" if usable else "unhealthy", **found}
-
-    return check
-
-
-def _image_check(images: ContainerImages, image: KernelImage) -> Check:
-    def check() -> Awaitable[dict[str, Any]]:
-        return images.state(image)
-
-    return check
+        if self.keep:
+            sandboxes.keep_all()
+            self.kept = await sandboxes.stop(self._patience.over)
+        else:
+            self.left = await sandboxes.stop(self._patience.over)
 
 
 def _prepare_data(settings: GatewaySettings) -> ApiKey:
@@ -280,6 +325,27 @@ def _open_runtime(directory: Path | None) -> RuntimeRoot:
         return RuntimeRoot.open(directory)
     except RuntimeDirectoryError as error:
         raise StartError(f"The gateway cannot start: {error}.", ExitCode.UNWRITABLE) from None
+
+
+def _only_gateway(runtime: RuntimeRoot) -> int:
+    """Return a descriptor that keeps every other gateway out of this runtime directory as long as it is open.
+
+    Before anything is taken over: a start that then failed at the claim socket would end what it had taken.
+    """
+    try:
+        descriptor = os.open(runtime.links, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError as error:
+        raise StartError(f"The gateway cannot start: {runtime.links}: {error.strerror}.", ExitCode.UNWRITABLE) from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise StartError(
+            f"The claim socket is in use: another gateway serves {runtime.claim_socket}; stop it, or give this one its "
+            "own SAMOVAR_RUNTIME_DIR.",
+            ExitCode.PORT_IN_USE,
+        ) from None
+    return descriptor
 
 
 def _read_images() -> dict[str, KernelImage]:

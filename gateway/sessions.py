@@ -1,4 +1,4 @@
-"""Session and SessionRegistry: what users hold on to, who finds which, and one cell at a time in each."""
+"""SessionRegistry: all sessions, who finds which, and one cell at a time in each."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ import asyncio
 import logging
 import secrets
 import time
-import uuid
-from collections.abc import Awaitable, Coroutine, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Coroutine, Mapping
 from datetime import UTC, datetime
 from http import HTTPStatus
-from typing import Any, TypeVar
+from typing import Any
 
+from gateway.cancellation import Closed, unless
 from gateway.errors import RequestError, too_busy
-from gateway.execution import Cell, CellLimits, CellResult, ExitNote, Status, run_cell
+from gateway.execution import Cell, CellLimits, CellResult, ExitNote, Status, Waiting, follow_cell, run_cell
+from gateway.idle import IdleBounds, IdleSessions
+from gateway.limits import OwnerBounds, Reservations
+from gateway.notices import how_it_ended, new_sandbox
+from gateway.session import Execution, Followed, Sending, Session
 from kernelprovisioner.launchers.base import LaunchError
-from kernelprovisioner.pool import ClaimTimeout, PoolFull, PoolStopped, SandboxPool
+from kernelprovisioner.pool import ClaimTimeout, PoolClaim, PoolFull, PoolStopped, SandboxPool
 from kernelprovisioner.sandbox import ClaimError, ClaimRequest, Sandbox
 from kernelprovisioner.sandbox_exit import ExitCause, SandboxExit
+from kernelprovisioner.standing import Standing
 from kernelprovisioner.wire import first_of
 
 #: Requests that may wait for one session's turn.
@@ -27,58 +31,21 @@ MAX_WAITING = 64
 MAX_WITHOUT_SANDBOX = 1000
 
 _SHUTTING_DOWN = "The gateway is shutting down."
-T = TypeVar("T")
 _log = logging.getLogger(__name__)
-
-
-class Cancelled(Exception):
-    """The client went away while its request still waited; there is nobody to answer."""
-
-
-@dataclass(eq=False)
-class Session:
-    """One session of one owner: at most one sandbox at a time. It outlives its sandbox."""
-
-    owner: str
-    image: str
-    user_id: str | None = None
-    entity_id: str | None = None
-    env: Mapping[str, str] = field(default_factory=dict)
-    id: str = field(default_factory=lambda: str(uuid.uuid4()))
-    created: datetime = field(default_factory=lambda: datetime.now(UTC))
-    last_activity: datetime = field(default_factory=lambda: datetime.now(UTC))
-    sandbox: Sandbox | None = None
-    #: where its sandbox came from: warm, started, cold
-    source: str | None = None
-    #: how its last sandbox ended, until its next cell has said so
-    last_exit: SandboxExit | None = None
-    executions: int = 0
-    waiting: int = 0
-    deleted: bool = False
-    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-    @property
-    def state(self) -> str:
-        """`busy` (a cell runs or waits), `idle` (holds a sandbox) or `cold` (its next cell claims one)."""
-        if self.waiting or self.turn.locked():
-            return "busy"
-        return "idle" if self.sandbox is not None else "cold"
-
-
-@dataclass(frozen=True)
-class Execution:
-    """A cell that was run: its result, and where."""
-
-    session: Session
-    result: CellResult
-    container_id: str | None
-    source: str | None
 
 
 class SessionRegistry:
     """All sessions of this gateway, scoped by owner; runs cells in them with sandboxes of the pools."""
 
-    def __init__(self, pools: Mapping[str, SandboxPool], limits: CellLimits, *, line_timeout: float) -> None:
+    def __init__(
+        self,
+        pools: Mapping[str, SandboxPool],
+        limits: CellLimits,
+        *,
+        line_timeout: float,
+        owner_bounds: OwnerBounds | None = None,
+        idle_bounds: IdleBounds | None = None,
+    ) -> None:
         """`line_timeout`: seconds that a request may wait, first for its session's turn, then for a sandbox."""
         self._pools = pools
         self._limits = limits
@@ -86,11 +53,17 @@ class SessionRegistry:
         # In order of creation; the newest of an entity is looked for from the end.
         self._sessions: dict[tuple[str, str], Session] = {}
         self._by_sandbox: dict[str, Session] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._draining = False
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._reservations = Reservations(owner_bounds or OwnerBounds())
+        #: started and stopped by whoever runs the gateway
+        self.idle = IdleSessions(idle_bounds or IdleBounds(), lambda: list(self._by_sandbox.values()), self._give_up)
         self._active = 0
         self._quiet = asyncio.Event()
         self._quiet.set()
+        #: done when no more cells are begun
+        self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        #: done when running cells are to be left to the next gateway
+        self._leaving: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         for pool in pools.values():
             pool.on_evict = self._evicted
 
@@ -128,35 +101,49 @@ class SessionRegistry:
                 del self._sessions[key]
         return session
 
-    async def execute(self, session: Session, cell: Cell, cancelled: asyncio.Future[None]) -> Execution:
+    async def execute(
+        self, session: Session, cell: Cell, cancelled: asyncio.Future[None], sending: Sending | None = None
+    ) -> Execution:
         """Run a cell in its session, after those that came before it, and return what came of it.
 
-        Raises RequestError (busy, deleted, no sandbox can be started) and Cancelled.
+        Raises RequestError (a limit, busy, deleted, no sandbox can be started), Cancelled, and what `sending` raises.
         """
-        if self._draining:
-            raise too_busy(_SHUTTING_DOWN, 5)
-        if session.waiting >= MAX_WAITING:
-            raise too_busy(f"{MAX_WAITING} requests wait for this session already.", 5)
+        try:
+            if self._closed.done():
+                raise too_busy(_SHUTTING_DOWN, 5)
+            if session.waiting >= MAX_WAITING:
+                raise too_busy(f"{MAX_WAITING} requests wait for this session already.", 5)
+            with self._reservations.execution(session.owner):
+                return await self._in_turn(session, cell, cancelled, sending)
+        finally:
+            if not session.executions and session.state == "cold":
+                # Its first cell never ran: nobody has heard of this session.
+                self._sessions.pop((session.owner, session.id), None)
+
+    async def _in_turn(
+        self, session: Session, cell: Cell, cancelled: asyncio.Future[None], sending: Sending | None
+    ) -> Execution:
+        session.came_back |= session.executions > 0 or session.state == "busy"
         self._active += 1
         self._quiet.clear()
         session.waiting += 1
         asked = time.monotonic()
         try:
             try:
-                await _unless(cancelled, session.turn.acquire(), self._line_timeout)
+                await unless(cancelled, self._closed, session.turn.acquire(), self._line_timeout)
+            except Closed:
+                raise too_busy(_SHUTTING_DOWN, 5) from None
             except TimeoutError:
                 raise too_busy(f"The session was busy for {self._line_timeout:g} s.", 10) from None
             finally:
                 session.waiting -= 1
+            session.idle_since = None
             try:
-                return await self._execute(session, cell, cancelled, asked)
+                return await self._execute(session, cell, cancelled, asked, sending)
             finally:
                 session.turn.release()
                 session.last_activity = datetime.now(UTC)
         finally:
-            if not session.executions and not session.waiting and session.sandbox is None:
-                # Its first cell never ran: nobody has heard of this session.
-                self._sessions.pop((session.owner, session.id), None)
             self._active -= 1
             self._now_quiet()
 
@@ -168,16 +155,74 @@ class SessionRegistry:
             await self._pools[session.image].release(session.sandbox, SandboxExit(ExitCause.REQUESTED))
 
     async def drain(self, timeout: float, hurry: asyncio.Event) -> None:
-        """Take no more cells; return once those that were accepted have ended, after `timeout` s, or on `hurry`."""
-        self._draining = True
+        """Begin no more cells; return once those that run have ended, after `timeout` s, or on `hurry`."""
+        self._close()
         waits = [asyncio.create_task(event.wait()) for event in (self._quiet, hurry)]
         await first_of(*waits, timeout=timeout)
         for wait in waits:
             wait.cancel()
         await asyncio.gather(*waits, return_exceptions=True)
 
-    async def _execute(self, session: Session, cell: Cell, cancelled: asyncio.Future[None], asked: float) -> Execution:
+    def restore(self, session: Session, sandbox: Sandbox, timeout: float) -> asyncio.Task[Followed | None]:
+        """Keep a session that an earlier gateway had, with the sandbox that was adopted for it.
+
+        A cell that still runs in it has the session's turn until its end, for `timeout` seconds at most, and the
+        session's next cell says how it ended. Nobody needs to wait for the task, whose result is that cell.
+        """
+        self.add(session)
+        self._hold(session, sandbox)
+        task = asyncio.create_task(self._follow(session, sandbox, timeout), name=f"follow {session.id}")
+        self._keep_track(task)
+        return task
+
+    def leave(self) -> None:
+        """Answer running cells now and let them run on; the next gateway follows them. Takes no more cells."""
+        self._close()
+        if not self._leaving.done():
+            self._leaving.set_result(None)
+
+    def _close(self) -> None:
+        if not self._closed.done():
+            self._closed.set_result(None)
+
+    async def stop(self, timeout: float) -> None:
+        """Whatever is still under way ends with its sandbox, or runs on in it; at most `timeout` seconds."""
+        self.leave()
+        await self.drain(timeout, asyncio.Event())
+
+    async def _follow(self, session: Session, sandbox: Sandbox, timeout: float) -> Followed | None:
+        pool = self._pools[session.image]
+        began = time.monotonic()
+        async with session.turn:
+            pool.touch(sandbox.id, None, session.standing)
+            nobody: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            cell = await follow_cell(sandbox, timeout, self._limits, Waiting(nobody, self._leaving))
+            session.executions = max(session.executions, cell.executions or 0)
+            result = cell.result
+            if result is not None and (cell.msg_id or result.status is not Status.DIED) and not result.left:
+                session.notice = how_it_ended(result)
+            if result is not None and result.note is not None and result.note.exit is not None:
+                self._lose(session, sandbox, result.note.exit, told=False)
+            else:
+                self._after(session, sandbox, None)
+        if result is None:
+            return None
+        session.last_activity = datetime.now(UTC)
+        seconds = _ms(time.monotonic() - began)
+        result.timings = {"turn_ms": 0.0, "wait_ms": 0.0, "claim_ms": 0.0, "run_ms": seconds, "total_ms": seconds}
+        return Followed(cell.msg_id, Execution(session, result, sandbox.container_id, "held"))
+
+    async def _execute(
+        self,
+        session: Session,
+        cell: Cell,
+        cancelled: asyncio.Future[None],
+        asked: float,
+        sending: Sending | None,
+    ) -> Execution:
         got_turn = time.monotonic()
+        if self._leaving.done():
+            raise too_busy(_SHUTTING_DOWN, 5)
         if session.deleted:
             if session.sandbox is not None:
                 # It went while this request got its turn, when nobody else was to say so.
@@ -188,22 +233,36 @@ class SessionRegistry:
         if sandbox is not None and sandbox.exited.done():
             self._lose(session, sandbox, sandbox.exited.result(), told=False)
             sandbox = None
+        waited = 0.0
         if sandbox is None:
-            sandbox = await self._claim(session, pool, cancelled)
-            source = session.source
+            claim = await self._claim(session, pool, cancelled)
+            sandbox, source, waited = claim.sandbox, session.source, claim.waited
         else:
             source = "held"
         if session.deleted:
             self._lose(session, sandbox, SandboxExit(ExitCause.REQUESTED), told=True)
             raise _deleted()
-        pool.touch(sandbox.id, None)
+        pool.touch(sandbox.id, None, session.standing)
         ready = time.monotonic()
+        msg_id = sandbox.wire.new_id()
+        if sending is not None:
+            try:
+                await sending(session, sandbox, msg_id)
+            except RequestError:
+                pool.touch(sandbox.id, asyncio.get_running_loop().time())
+                raise
         session.executions += 1
-        result = await run_cell(sandbox, cell, self._limits, cancelled)
+        notice, session.notice = session.notice, ""
+        waiting = Waiting(cancelled, self._leaving)
+        result = await run_cell(sandbox, cell, self._limits, waiting, msg_id=msg_id, notice=notice)
+        if source != "held":
+            # Written while the cell ran: whoever gets this answer may come back, also to the next gateway.
+            await sandbox.recorded()
         ended = time.monotonic()
         result.timings = {
             "turn_ms": _ms(got_turn - asked),
-            "claim_ms": _ms(ready - got_turn),
+            "wait_ms": _ms(waited),
+            "claim_ms": _ms(ready - got_turn - waited),
             "run_ms": _ms(ended - ready),
             "total_ms": _ms(ended - asked),
         }
@@ -214,38 +273,75 @@ class SessionRegistry:
             session.deleted = True
             self._sessions.pop((session.owner, session.id), None)
             self._lose(session, sandbox, SandboxExit(ExitCause.REQUESTED), told=True)
-        elif result.note is not None and result.note.exit is not None:
+        else:
+            self._after(session, sandbox, result)
+        return Execution(session, result, sandbox.container_id, source)
+
+    def _after(self, session: Session, sandbox: Sandbox, result: CellResult | None) -> None:
+        """No cell runs any more: the sandbox is idle, or lost."""
+        if result is not None and result.note is not None and result.note.exit is not None:
             self._lose(session, sandbox, result.note.exit, told=result.status is not Status.CANCELLED)
         elif sandbox.exited.done():
             # It ended with its last cell: exit() answers first and ends then.
             self._lose(session, sandbox, sandbox.exited.result(), told=False)
         elif session.sandbox is sandbox:
-            pool.touch(sandbox.id, asyncio.get_running_loop().time())
-        return Execution(session, result, sandbox.container_id, source)
+            self._idle(session)
 
-    async def _claim(self, session: Session, pool: SandboxPool, cancelled: asyncio.Future[None]) -> Sandbox:
+    async def _claim(self, session: Session, pool: SandboxPool, cancelled: asyncio.Future[None]) -> PoolClaim:
+        self._make_room(session.owner)
+        with self._reservations.claim(session.owner, len(self._held(session.owner))):
+            return await self._claim_reserved(session, pool, cancelled)
+
+    async def _claim_reserved(self, session: Session, pool: SandboxPool, cancelled: asyncio.Future[None]) -> PoolClaim:
         request = ClaimRequest(
             kernel_id=session.id,
             key=secrets.token_hex(32).encode(),
             env=session.env,
-            notice=_notice(session.last_exit),
+            notice=new_sandbox(session.last_exit),
+            holder=session.holder,
         )
-        claiming = pool.claim(session.owner, request, timeout=self._line_timeout)
+        claiming = pool.claim(session.owner, request, timeout=self._line_timeout, standing=session.standing)
         try:
-            claim = await _unless(cancelled, claiming)
+            claim = await unless(cancelled, self._closed, claiming)
         except (PoolFull, ClaimTimeout) as error:
             raise too_busy(_sentence(error), error.retry_after) from None
-        except PoolStopped:
+        except (PoolStopped, Closed):
             raise too_busy(_SHUTTING_DOWN, 5) from None
         except (LaunchError, ClaimError) as error:
             raise RequestError(
                 HTTPStatus.SERVICE_UNAVAILABLE, "no_sandbox", f"No sandbox can be started: {error}", retry_after=10
             ) from None
-        sandbox = claim.sandbox
-        session.sandbox, session.source, session.last_exit = sandbox, str(claim.source), None
+        session.source, session.last_exit = str(claim.source), None
+        self._hold(session, claim.sandbox)
+        return claim
+
+    def _held(self, owner: str) -> tuple[Session, ...]:
+        return tuple(session for session in self._by_sandbox.values() if session.owner == owner)
+
+    def _make_room(self, owner: str) -> None:
+        """At the owner's limit: the idle session that nobody came back to, and was used longest ago, is given up."""
+        held = self._held(owner)
+        room = self._reservations.room(owner, len(held))
+        passing = [one for one in held if one.standing is Standing.PASSING and one.state == "idle"]
+        if room is not None and room <= 0 and passing:
+            oldest = min(passing, key=lambda session: session.idle_since or 0.0)
+            self._give_up(oldest, SandboxExit(ExitCause.EVICTED))
+
+    def _idle(self, session: Session) -> None:
+        """The session holds a sandbox and does nothing with it from now on."""
+        if session.sandbox is not None:
+            session.idle_since = asyncio.get_running_loop().time()
+            self._pools[session.image].touch(session.sandbox.id, session.idle_since, session.standing)
+
+    def _give_up(self, session: Session, cause: SandboxExit) -> None:
+        """An idle session loses its sandbox, and its next call says why."""
+        if session.sandbox is not None and session.state == "idle":
+            self._lose(session, session.sandbox, cause, told=False)
+
+    def _hold(self, session: Session, sandbox: Sandbox) -> None:
+        session.sandbox = sandbox
         self._by_sandbox[sandbox.id] = session
         sandbox.exited.add_done_callback(lambda _: self._exited(session, sandbox))
-        return sandbox
 
     def _exited(self, session: Session, sandbox: Sandbox) -> None:
         """A sandbox died; while a cell runs in it, the cell's own end tells."""
@@ -267,12 +363,14 @@ class SessionRegistry:
         self._own(self._pools[session.image].release(sandbox, cause))
 
     def _own(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
+        self._keep_track(asyncio.create_task(work))
+
+    def _keep_track(self, task: asyncio.Task[Any]) -> None:
         self._tasks.add(task)
         self._quiet.clear()
         task.add_done_callback(self._ended)
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         self._now_quiet()
 
@@ -281,33 +379,8 @@ class SessionRegistry:
             self._quiet.set()
 
 
-async def _unless(cancelled: asyncio.Future[None], work: Awaitable[T], timeout: float | None = None) -> T:
-    """Return what `work` returns. Raises Cancelled once `cancelled` is done, TimeoutError after `timeout` seconds.
-
-    Work that succeeds at the same moment counts: what it got is not lost.
-    """
-    task = asyncio.ensure_future(work)
-    try:
-        await first_of(task, cancelled, timeout=timeout)
-    finally:
-        if not task.done():
-            task.cancel()
-            await asyncio.wait({task})
-    if not task.cancelled():
-        return task.result()
-    if cancelled.done():
-        raise Cancelled
-    raise TimeoutError
-
-
 def _deleted() -> RequestError:
     return RequestError(HTTPStatus.NOT_FOUND, "session_not_found", "The session was deleted meanwhile.")
-
-
-def _notice(exit: SandboxExit | None) -> str | None:
-    if exit is None:
-        return None
-    return f"[samovar: {exit} This is a new sandbox: the session's former variables and files are gone.]\n"
 
 
 def _sentence(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import re
@@ -10,13 +11,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from traitlets import Dict, Integer, TraitError, TraitType
+from traitlets import Dict, HasTraits, Integer, List, TraitError, TraitType, Unicode
 from traitlets.config import Config, Configurable
 from traitlets.config.loader import ConfigFileNotFound, PyFileConfigLoader
 
 from gateway.errors import ExitCode, StartError
 from gateway.execution import CellLimits
+from gateway.idle import IdleBounds
+from gateway.limits import OwnerBounds
+from kernelprovisioner import schedule as schedules
 from kernelprovisioner.images import KernelImage, PoolBounds
+from kernelprovisioner.keeper import Upkeep
 from kernelprovisioner.traits import FiniteFloat
 
 PREFIX = "SAMOVAR_"
@@ -27,11 +32,15 @@ KNOWN_NAMES = {
     "API_HOST": ("GatewayApp", "host"),
     "API_PORT": ("GatewayApp", "port"),
     "API_KEY": ("GatewayApp", "api_key"),
+    "API_KEYS": ("GatewayApp", "api_keys"),
     "LOG_LEVEL": ("GatewayApp", "log_level"),
+    "LOG_FILE": ("GatewayApp", "log_file"),
+    "LOG_FORMAT": ("GatewayApp", "log_style"),
     "DOCKER_BASE_URL": ("DockerLauncher", "docker_url"),
     "CONTAINER_POOL_MIN_SIZE": ("PoolSettings", "min_size"),
     "CONTAINER_POOL_MAX_SIZE": ("PoolSettings", "max_size"),
     "MAX_EXECUTION_TIME": ("ExecutionSettings", "max_execution_time"),
+    "MAX_CONCURRENT_EXECUTIONS": ("OwnerLimits", "max_executions"),
     "MAX_MEMORY_MB": ("SandboxLimits", "memory_mb"),
     "MAX_CPUS": ("SandboxLimits", "cpus"),
     "MAX_PIDS": ("SandboxLimits", "pids"),
@@ -65,6 +74,24 @@ class PoolSettings(Configurable):
         None, min=1, allow_none=True, help="Requests that may wait for a sandbox; default: 4 times the maximum."
     ).tag(config=True)
     line_timeout = FiniteFloat(120.0, min=0.1, help="Seconds that a request may wait for a sandbox.").tag(config=True)
+    hit_rate = FiniteFloat(
+        0.95,
+        min=0,
+        max=1,
+        help="Share of requests that are to find a warm sandbox: so many more than the minimum are kept, up to the "
+        "maximum, as would have done for those of the last 30 minutes. 0: none more.",
+    ).tag(config=True)
+    schedule = List(
+        Unicode(),
+        help="Sandboxes that are ready at certain times of the week (this machine's local time): "
+        '["30 python on Mondays 08:55-10:00"]. Those that are claimed from the first time on count.',
+    ).tag(config=True)
+    max_age = FiniteFloat(12 * 3600.0, min=60, help="Seconds after which a warm sandbox is replaced by a new one.").tag(
+        config=True
+    )
+    probe_interval = FiniteFloat(
+        15.0, min=1, help="Seconds between two probes of each warm sandbox; one that does not answer is replaced."
+    ).tag(config=True)
 
     def check_names(self, images: Iterable[str]) -> None:
         """Raise StartError where `bounds` names a kernel image that is not among `images`."""
@@ -72,6 +99,21 @@ class PoolSettings(Configurable):
         for name in self.bounds:
             if name not in known:
                 raise _bad(f"PoolSettings.bounds: there is no kernel image {name!r}{_nearest(name, known)}")
+        for entry in self._entries():
+            if entry.image not in known:
+                there = f"there is no kernel image {entry.image!r}{_nearest(entry.image, known)}"
+                raise _bad(f"PoolSettings.schedule: {there}")
+
+    def upkeep_of(self, image: KernelImage) -> Upkeep:
+        """How the pool of one image looks after itself. Raises StartError where the schedule cannot be read."""
+        entries = tuple(entry for entry in self._entries() if entry.image == image.name)
+        return Upkeep(self.hit_rate, entries, self.max_age, self.probe_interval)
+
+    def _entries(self) -> list[schedules.Entry]:
+        try:
+            return [schedules.parse(text) for text in self.schedule]
+        except schedules.ScheduleError as error:
+            raise _bad(f"PoolSettings.schedule: {error}") from None
 
     def of(self, image: KernelImage) -> PoolBounds:
         """The bounds of one image's pool. Raises StartError where they make no sense."""
@@ -133,6 +175,38 @@ class ExecutionSettings(Configurable):
     @property
     def cell_limits(self) -> CellLimits:
         return CellLimits(self.interrupt_grace, int(self.max_output_mb * 2**20), self.max_outputs)
+
+
+class OwnerLimits(Configurable):
+    """What each owner of an API key may have at once; one more is answered with 429."""
+
+    max_sessions = Integer(
+        None, min=1, allow_none=True, help="Sessions that hold a sandbox; default: as many as the pools have."
+    ).tag(config=True)
+    max_executions = Integer(
+        None, min=1, allow_none=True, help="Executions accepted and not answered yet; default: any number."
+    ).tag(config=True)
+
+    @property
+    def bounds(self) -> OwnerBounds:
+        return OwnerBounds(self.max_sessions, self.max_executions)
+
+
+class SessionSettings(Configurable):
+    """How long a session that came by HTTP keeps its sandbox without a request."""
+
+    idle_timeout = FiniteFloat(
+        3600.0, min=0.1, help="Seconds without a request after which a session gives its sandbox up."
+    ).tag(config=True)
+    one_off_idle_timeout = FiniteFloat(
+        300.0,
+        min=0.1,
+        help="The same where the call named no session, entity or user, and nobody came back to its session.",
+    ).tag(config=True)
+
+    @property
+    def bounds(self) -> IdleBounds:
+        return IdleBounds(self.idle_timeout, min(self.idle_timeout, self.one_off_idle_timeout))
 
 
 def environment_config(classes: Iterable[type[Configurable]], environ: Mapping[str, str]) -> tuple[Config, list[str]]:
@@ -219,10 +293,23 @@ def _set(config: Config, target: tuple[str, str], trait: TraitType[Any, Any], va
 
 def _parsed(trait: TraitType[Any, Any], variable: str, text: str) -> Any:
     try:
+        if isinstance(trait, List):
+            # As on the command line; not its from_string, since the traits of its elements ask for their owner.
+            return trait.validate(HasTraits(), _listed(text))
         value = trait.from_string(text)
         return trait.validate(None, value) if value is not None and hasattr(trait, "validate") else value
     except (TraitError, ValueError, TypeError, SyntaxError) as error:
-        raise _bad(f"the environment variable {variable}={text!r} cannot be used: {_in_words(error)}") from None
+        shown = "" if trait.metadata.get("secret") else f"={text!r}"
+        raise _bad(f"the environment variable {variable}{shown} cannot be used: {_in_words(error)}") from None
+
+
+def _listed(text: str) -> list[Any]:
+    """The Python or JSON list that the text is, or else one with the text itself."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    return value if isinstance(value, list) else [text]
 
 
 def _in_words(error: Exception) -> str:

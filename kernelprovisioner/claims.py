@@ -16,11 +16,15 @@ from typing import Any
 from samovar_kernel.frames import MAX_BODY, FrameError, FrameReader, pack
 
 from kernelprovisioner.launchers.base import Endpoint
-from kernelprovisioner.sandbox_exit import ExitCause, SandboxExit
+from kernelprovisioner.sandbox_exit import CellReference, ExitCause, SandboxExit
 from kernelprovisioner.supervisor import SupervisorError
 
 #: How long a gateway keeps a sandbox whose holder's connection broke, in seconds.
 RESUME_SECONDS = 30.0
+#: The code of a refusal: this gateway does not hold that sandbox, and will not.
+UNKNOWN_SANDBOX = "unknown_sandbox"
+#: And: this gateway takes no claims yet.
+STARTING = "starting"
 #: Operations that the gateway passes on to the sandbox's supervisor as they are, with the fields each may have.
 RELAYED: dict[str, tuple[str, ...]] = {
     "signal": ("signum",),
@@ -103,12 +107,14 @@ class Ending:
     def of(cls, header: Mapping[str, Any], body: bytes) -> Ending:
         """Raises ValueError where the event cannot be read."""
         records = json.loads(body)
+        cell = header.get("cell")
         exit_ = SandboxExit(
             ExitCause(header["cause"]),
             header.get("exit_code"),
             header.get("signal"),
             dict(header.get("evidence") or {}),
             datetime.fromisoformat(header["at"]),
+            None if cell is None else CellReference(str(cell["msg_id"]), cell.get("execution_count")),
         )
         return cls(exit_, tuple(record for record in records if isinstance(record, dict)))
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from kernelprovisioner.claims import (
     RESUME_SECONDS,
+    UNKNOWN_SANDBOX,
     ClaimAnswer,
     ClaimConnection,
     ClaimRefused,
@@ -22,12 +23,14 @@ from kernelprovisioner.claims import (
 from kernelprovisioner.environment import allowed_in
 from kernelprovisioner.images import KernelImage
 from kernelprovisioner.launchers.base import Endpoint, Launcher, LaunchError, LaunchRequest
-from kernelprovisioner.sandbox import ClaimError, ClaimRequest, Sandbox, Sandboxes
+from kernelprovisioner.sandbox import ClaimError, ClaimRequest, Sandbox
 from kernelprovisioner.sandbox_exit import ExitCause, SandboxExit
+from kernelprovisioner.sandboxes import Sandboxes
 from kernelprovisioner.supervisor import SupervisorError
 from kernelprovisioner.wire import first_of
 
 _LAUNCH_SECONDS = 120.0
+_RESUME_PAUSE = 0.2
 _log = logging.getLogger(__name__)
 
 
@@ -83,6 +86,8 @@ class GatewaySandbox:
         self.transport = answer.transport
         self.source = f"gateway-{answer.source}"
         self.ended: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
+        #: done when the present connection has been replaced by another one
+        self._replaced: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._watching = asyncio.create_task(self._watch(), name=f"claim of {answer.sandbox_id}")
 
     @classmethod
@@ -109,7 +114,22 @@ class GatewaySandbox:
     async def request(
         self, op: str, body: bytes = b"", *, timeout: float = 30.0, **fields: Any
     ) -> tuple[dict[str, Any], bytes]:
-        return await self._connection.request(op, body, timeout=timeout, **fields)
+        """As HeldSandbox.request; while the gateway is away it waits for the next one, within `timeout`."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout
+        while True:
+            connection, replaced = self._connection, self._replaced
+            left = max(0.0, deadline - loop.time())
+            if not connection.gone.done():
+                try:
+                    return await connection.request(op, body, timeout=left, **fields)
+                except SupervisorError:
+                    # A signal may have arrived before the connection broke; all else may be asked for twice.
+                    if op == "signal" or not connection.gone.done():
+                        raise
+            await first_of(replaced, self.ended, timeout=left)
+            if not replaced.done():
+                raise SupervisorError(f"the gateway at {self._path} is away: {op!r} could not be asked for")
 
     async def release(self) -> None:
         if self._released:
@@ -140,22 +160,28 @@ class GatewaySandbox:
             try:
                 connection = await ClaimConnection.connect(self._path)
             except NoGateway:
-                await asyncio.sleep(0.2)
+                await asyncio.sleep(_RESUME_PAUSE)
                 continue
             try:
                 await connection.resume(self.sandbox_id, self._answer.token)
             except NoGateway:
                 connection.close()
-                await asyncio.sleep(0.2)
+                await asyncio.sleep(_RESUME_PAUSE)
                 continue
             except ClaimRefused as error:
                 connection.close()
+                if error.code != UNKNOWN_SANDBOX:
+                    await asyncio.sleep(_RESUME_PAUSE)
+                    continue
                 _log.warning("the gateway does not have the sandbox any more: %s", error)
                 return False
             except BaseException:
                 connection.close()
                 raise
             self._connection = connection
+            replaced, self._replaced = self._replaced, asyncio.get_running_loop().create_future()
+            replaced.set_result(None)
+            _log.warning("sandbox %s is held by the gateway at %s again", self.sandbox_id, self._path)
             return True
         return False
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import hashlib
 import logging
 import os
@@ -20,7 +21,7 @@ from kernelprovisioner.held import HeldSandbox, Wanted
 from kernelprovisioner.monitor import KernelMonitor
 from kernelprovisioner.relay import EndpointRelay
 from kernelprovisioner.runtime import OwnerDirectory, RuntimeDirectoryError, RuntimeRoot
-from kernelprovisioner.sandbox_exit import SandboxExit
+from kernelprovisioner.sandbox_exit import CellReference, SandboxExit
 from kernelprovisioner.supervisor import SupervisorError, remaining_output
 from kernelprovisioner.workdir import WorkDirectory
 
@@ -145,7 +146,7 @@ class KernelHolder:
         self._end(-signal.SIGKILL)
 
     async def _watch(self, held: HeldSandbox) -> None:
-        ending = await asyncio.shield(held.ended)
+        ending = self._with_cell(await asyncio.shield(held.ended))
         self.exit = ending.exit
         asked = self._asked or ending.exit.exit_code == 0
         files = asyncio.ensure_future(self._bring_last())
@@ -153,7 +154,8 @@ class KernelHolder:
             if asked:
                 self._unlink()
             else:
-                _log.warning("sandbox %s of kernel died: %s", held.sandbox_id, ending.exit)
+                fields = {"event": "exit", "sandbox": held.sandbox_id, **ending.exit.as_dict()}
+                _log.warning("sandbox %s died: %s", held.sandbox_id, ending.exit, extra={"fields": fields})
                 await self._tell(ending)
             await files
         finally:
@@ -167,6 +169,14 @@ class KernelHolder:
         if not self.ended.is_set():
             self.returncode = returncode
             self.ended.set()
+
+    def _with_cell(self, ending: Ending) -> Ending:
+        """The gateway does not hear the cells of a kernel that it does not talk to."""
+        running = self._monitor.running(ending.unsent) if self._monitor is not None else []
+        if ending.exit.cell is not None or not running:
+            return ending
+        cell = CellReference(str(running[0].header.get("msg_id")), running[0].execution_count)
+        return dataclasses.replace(ending, exit=dataclasses.replace(ending.exit, cell=cell))
 
     async def _tell(self, ending: Ending) -> None:
         """Tell the death over the kernel's own endpoints; where that fails, `poll` still reports it."""

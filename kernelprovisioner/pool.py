@@ -6,30 +6,37 @@ All decisions are PoolState's; here is the I/O around them. Every task is owned 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import logging
 import os
 import secrets
-from collections import Counter
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, assert_never
 
 from kernelprovisioner import sizing
 from kernelprovisioner.images import KernelImage, PoolBounds
+from kernelprovisioner.keeper import Keeper, Upkeep
 from kernelprovisioner.launchers.base import LaunchError, LaunchRequest
 from kernelprovisioner.patience import all_done, end
+from kernelprovisioner.pool_errors import ClaimTimeout, PoolError, PoolFull, PoolStopped
 from kernelprovisioner.pool_events import (
+    Adopted,
     ClaimAbandoned,
     ClaimAsked,
     ClaimFailed,
     ClaimSettled,
+    EngineBack,
     Event,
     Evict,
     Exited,
     Give,
     Instruction,
+    ProbeFailed,
     Refusal,
     Refuse,
     Released,
@@ -44,48 +51,29 @@ from kernelprovisioner.pool_events import (
     Touched,
     WakeAt,
 )
+from kernelprovisioner.pool_figures import PoolFigures
 from kernelprovisioner.pool_state import PoolState
-from kernelprovisioner.sandbox import ClaimError, ClaimRequest, Sandbox, Sandboxes, SandboxState
+from kernelprovisioner.sandbox import ClaimError, ClaimRequest, Sandbox, SandboxState
 from kernelprovisioner.sandbox_exit import ExitCause, SandboxExit
+from kernelprovisioner.sandboxes import Sandboxes
+from kernelprovisioner.standing import Standing
+
+__all__ = ["ClaimTimeout", "PoolClaim", "PoolError", "PoolFull", "PoolStopped", "SandboxPool"]
 
 logger = logging.getLogger(__name__)
 
 #: A request that no sandbox accepts must not use up the pool.
 _CLAIM_ATTEMPTS = 3
 _RELEASE_SECONDS = 30.0
-_FIRST_GUESS_OF_START_SECONDS = 3.0
-
-
-class PoolError(Exception):
-    """A claim ended without a sandbox, through no fault of the sandboxes."""
-
-
-class PoolFull(PoolError):
-    """The waiting line is as long as it may get; `retry_after` is in seconds."""
-
-    def __init__(self, message: str, retry_after: int) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
-class ClaimTimeout(PoolError):
-    """No sandbox became free before the claim's deadline; `retry_after` is in seconds."""
-
-    def __init__(self, message: str, retry_after: int) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
-class PoolStopped(PoolError):
-    """The pool hands out nothing any more: the gateway drains."""
 
 
 @dataclass(frozen=True, slots=True)
 class PoolClaim:
-    """A sandbox that is personal now, and where it came from."""
+    """A sandbox that is personal now, where it came from, and the seconds in line that it took to be given."""
 
     sandbox: Sandbox
     source: Source
+    waited: float = 0.0
 
 
 @dataclass(slots=True)
@@ -94,13 +82,15 @@ class _Waiting:
 
     answer: asyncio.Future[tuple[Sandbox, Source] | Exception]
     mount: Path | None
+    seconds: float = 0.0  # in line
 
 
 class SandboxPool:
     """Keeps sandboxes of one image warm and hands each of them out once.
 
     `bounds` are the image's own unless given; `line_bound` (default 4 × max) bounds the waiting line, `concurrency`
-    (default: the cores of this machine) the starts under way, `start_timeout` (seconds) each of them.
+    (default: the cores of this machine) the starts under way, `start_timeout` (seconds) each of them. `upkeep`: how it
+    looks after itself, by the `local_time` that schedules mean.
     """
 
     def __init__(
@@ -112,9 +102,12 @@ class SandboxPool:
         line_bound: int | None = None,
         concurrency: int | None = None,
         start_timeout: float = 60.0,
+        upkeep: Upkeep | None = None,
+        local_time: Callable[[], datetime] = datetime.now,
     ) -> None:
-        bounds = bounds or image.pool
+        bounds, upkeep = bounds or image.pool, upkeep or Upkeep()
         self.image = image
+        self.upkeep = upkeep
         #: told before an idle sandbox is taken from its holder, so that its session can say so at its next call
         self.on_evict: Callable[[Sandbox, SandboxExit], None] | None = None
         self._launching = sandboxes
@@ -125,7 +118,11 @@ class SandboxPool:
             line_bound=4 * bounds.max if line_bound is None else line_bound,
             concurrency=max(2, os.cpu_count() or 1) if concurrency is None else concurrency,
             new_id=lambda: secrets.token_hex(8),
+            hit_rate=upkeep.hit_rate,
+            max_age=upkeep.max_age,
         )
+        self._keeper = Keeper(self, upkeep, lambda kernel_image: sandboxes.launcher.template(kernel_image), local_time)
+        self._engine_back = asyncio.Event()
         self._numbers = itertools.count(1)
         self._waiting: dict[int, _Waiting] = {}
         self._sandboxes: dict[str, Sandbox] = {}
@@ -134,22 +131,21 @@ class SandboxPool:
         self._removals: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
-        self._start_seconds = _FIRST_GUESS_OF_START_SECONDS
-        self._last_error: LaunchError | None = None
-        self._claims: Counter[Source] = Counter()
-        self._evictions = 0
-        self._failed_starts = 0
+        self._figures = PoolFigures()
 
     async def start(self) -> None:
-        """Begin to fill the pool in the background; returns at once."""
+        """Begin to fill the pool in the background, and to look after it; returns at once."""
         self._handle(Tick())
+        self._keeper.start()
 
-    async def stop(self, give_up: asyncio.Event | None = None) -> None:
+    async def stop(self, give_up: asyncio.Event | None = None, *, keep: bool = False) -> None:
         """Refuse all that wait and destroy every sandbox; returns once the engine has confirmed it. Idempotent.
 
-        Once `give_up` is set nothing is waited for; `Sandboxes.stop` tells what stays.
+        Once `give_up` is set nothing is waited for; `Sandboxes.stop` tells what stays. With `keep` those that are warm
+        or have a holder stay for another gateway to adopt.
         """
-        self._handle(Stop())
+        self._handle(Stop(keep))
+        await self._keeper.stop()
         if self._timer is not None:
             self._timer.cancel()
         try:
@@ -159,17 +155,26 @@ class SandboxPool:
             await end(self._tasks)
 
     async def claim(
-        self, owner: str, request: ClaimRequest, *, timeout: float = 120.0, mount: Path | None = None
+        self,
+        owner: str,
+        request: ClaimRequest,
+        *,
+        timeout: float = 120.0,
+        mount: Path | None = None,
+        standing: Standing = Standing.KEPT,
     ) -> PoolClaim:
         """Return a sandbox that is personal for `request`; with `mount` one that was started for it alone.
 
+        `standing` says how likely somebody comes back to it: what others of the owner this claim may cost a sandbox.
+
         Raises PoolFull, ClaimTimeout after `timeout` seconds, PoolStopped, and LaunchError where none can be started.
         """
+        request = dataclasses.replace(request, owner=owner)
         number = next(self._numbers)
         waiting = self._waiting[number] = _Waiting(asyncio.get_running_loop().create_future(), mount)
         try:
             async with asyncio.timeout(timeout):
-                self._handle(ClaimAsked(number, owner, own=mount is not None))
+                self._handle(ClaimAsked(number, owner, mount is not None, standing))
                 sandbox, source = await self._make_personal(number, waiting, request)
         except TimeoutError:
             raise ClaimTimeout(
@@ -179,8 +184,8 @@ class SandboxPool:
             # Settled: changes nothing. Else the claim leaves the line, and a sandbox that it was given is destroyed.
             self._handle(ClaimAbandoned(number))
             del self._waiting[number]
-        self._claims[source] += 1
-        return PoolClaim(sandbox, source)
+        self._figures.claims[source] += 1
+        return PoolClaim(sandbox, source, waiting.seconds)
 
     async def release(self, sandbox: Sandbox, cause: SandboxExit) -> None:
         """Destroy a sandbox; `cause` is what its `exited` tells. Returns once removal is confirmed, or after 30 s.
@@ -194,39 +199,66 @@ class SandboxPool:
         if (removal := self._removals.get(sandbox.id)) is not None:
             await asyncio.wait([removal], timeout=_RELEASE_SECONDS)
 
-    def touch(self, sandbox_id: str, idle_since: float | None) -> None:
+    def touch(self, sandbox_id: str, idle_since: float | None, standing: Standing = Standing.KEPT) -> None:
         """Tell since when (loop time) a claimed sandbox is idle, or None: it is busy, and is not taken away."""
-        self._handle(Touched(sandbox_id, idle_since))
+        self._handle(Touched(sandbox_id, idle_since, standing))
+
+    def adopt(self, sandbox: Sandbox, owner: str | None, *, age: float = 0.0) -> bool:
+        """Take in a sandbox of a gateway that is gone: of `owner`, or warm (None); `age` in seconds. Before `start`.
+
+        Returns whether it is kept: a holder's always, a warm one where it fits; else it is being removed.
+        """
+        self._take_in(sandbox)
+        self._handle(Adopted(sandbox.id, sandbox.template, owner, age))
+        return sandbox.id not in self._removals
+
+    def engine_back(self) -> None:
+        """The engine answers again: starts, removals and the template are tried at once."""
+        self._engine_back.set()
+        self._engine_back = asyncio.Event()
+        self._keeper.look_again()
+        self._handle(EngineBack())
+
+    # What the keeper needs.
+
+    @property
+    def warm(self) -> list[Sandbox]:
+        """The sandboxes that wait to be claimed."""
+        members = self._state.members.values()
+        return [self._sandboxes[member.id] for member in members if member.state is SandboxState.WARM]
+
+    @property
+    def refill_seconds(self) -> float:
+        """The time that each of many sandboxes takes to start."""
+        return self._state.stock.start_seconds / sizing.refill_concurrency(self._state.concurrency)
+
+    def tell(self, event: Event) -> None:
+        """Tell the state what happened."""
+        self._handle(event)
+
+    def failed_probe(self, sandbox: Sandbox, reason: str) -> None:
+        """A warm sandbox does not answer: it is replaced."""
+        if sandbox not in self.warm:
+            return
+        logger.warning("pool %s: %s; it is replaced", self.image.name, reason)
+        self._figures.failed_probes += 1
+        self._causes.setdefault(sandbox.id, SandboxExit(ExitCause.PROTOCOL, evidence={"reason": reason}))
+        self._handle(ProbeFailed(sandbox.id))
 
     def describe(self) -> dict[str, Any]:
         """Return the pool for health and metrics: counts by state, the line, what is wanted and why, totals."""
-        state = self._state
-        counts = state.counts()
         return {
             "image": self.image.name,
-            "min": state.minimum,
-            "max": state.maximum,
-            "starting": counts[SandboxState.STARTING],
-            "warm": counts[SandboxState.WARM],
-            "claimed": counts[SandboxState.CLAIMED],
-            "removing": counts[SandboxState.GONE],
-            "waiting": state.waiting,
-            "line_bound": state.line_bound,
-            "want": state.want.count,
-            "why": state.want.why,
-            "failures_in_a_row": state.failures,
-            "retry_in_seconds": round(max(0.0, state.retry_at - self._now()), 1),
-            "last_error": None if self._last_error is None else str(self._last_error),
-            "claims": {source.value: self._claims[source] for source in Source},
-            "evictions": self._evictions,
-            "failed_starts": self._failed_starts,
-            "start_seconds": round(self._start_seconds, 2),
+            **self._figures.describe(self._state, self.upkeep, self._now()),
+            "exits": self._launching.exits.counts(self.image.name),
         }
 
     async def _make_personal(self, number: int, waiting: _Waiting, request: ClaimRequest) -> tuple[Sandbox, Source]:
         """Wait for a sandbox and claim it; one that fails is destroyed and the next one tried."""
         for attempt in itertools.count(1):
+            asked = self._now()
             answer = await waiting.answer
+            waiting.seconds += self._now() - asked
             if isinstance(answer, Exception):
                 raise answer
             waiting.answer = asyncio.get_running_loop().create_future()
@@ -261,7 +293,7 @@ class SandboxPool:
             case Refuse(claim, reason):
                 self._answer(claim, self._refusal(reason))
             case Evict(sandbox_id):
-                self._evictions += 1
+                self._figures.evictions += 1
                 cause = SandboxExit(ExitCause.EVICTED)
                 self._tell_evicted(self._sandboxes[sandbox_id], cause)
                 self._removals[sandbox_id] = self._run(self._remove(sandbox_id, cause))
@@ -293,7 +325,7 @@ class SandboxPool:
                 return PoolStopped(f"the pool of {self.image.name!r} has been stopped")
             case Refusal.START_FAILED:
                 # One exception for each claim: a shared one would collect the tracebacks of all their tasks.
-                error = self._last_error
+                error = self._figures.last_error
                 return LaunchError("no sandbox could be started") if error is None else type(error)(*error.args)
             case _:
                 assert_never(reason)
@@ -307,7 +339,6 @@ class SandboxPool:
             logger.exception("pool %s: the holder of sandbox %s failed on its eviction", self.image.name, sandbox.id)
 
     async def _start(self, request: LaunchRequest) -> None:
-        began = self._now()
         try:
             sandbox = await self._launching.launch(request, timeout=self._start_timeout)
         except LaunchError as error:
@@ -316,15 +347,18 @@ class SandboxPool:
             logger.exception("pool %s: a start failed unexpectedly", self.image.name)
             self._start_failed(request, LaunchError(f"a sandbox could not be started: {error!r}"))
         else:
-            self._start_seconds += 0.2 * (self._now() - began - self._start_seconds)
-            self._sandboxes[sandbox.id] = sandbox
-            sandbox.exited.add_done_callback(lambda _: self._handle(Exited(sandbox.id)))
+            self._take_in(sandbox)
             self._handle(Started(sandbox.id, sandbox.template))
+
+    def _take_in(self, sandbox: Sandbox) -> None:
+        """From here on the pool hears of its end, whoever brings it about."""
+        self._sandboxes[sandbox.id] = sandbox
+        sandbox.exited.add_done_callback(lambda _: self._handle(Exited(sandbox.id)))
 
     def _start_failed(self, request: LaunchRequest, error: LaunchError) -> None:
         logger.warning("pool %s: sandbox %s: %s", self.image.name, request.sandbox_id, error)
-        self._failed_starts += 1
-        self._last_error = error
+        self._figures.failed_starts += 1
+        self._figures.last_error = error
         self._handle(StartFailed(request.sandbox_id))
 
     async def _remove(self, sandbox_id: str, cause: SandboxExit | None) -> None:
@@ -344,7 +378,9 @@ class SandboxPool:
                 logger.error(
                     "pool %s: sandbox %s not removed, again in %g s: %r", self.image.name, sandbox_id, pause, error
                 )
-                await asyncio.sleep(pause)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(pause):
+                        await self._engine_back.wait()
         self._sandboxes.pop(sandbox_id, None)
         self._causes.pop(sandbox_id, None)
         self._removals.pop(sandbox_id, None)
@@ -362,7 +398,7 @@ class SandboxPool:
             logger.error("pool %s: a task failed", self.image.name, exc_info=error)
 
     def _retry_after(self) -> int:
-        return sizing.retry_after(self._state.waiting, self._start_seconds, self._state.concurrency)
+        return sizing.retry_after(self._state.waiting, self._state.stock.start_seconds, self._state.concurrency)
 
     @staticmethod
     def _now() -> float:

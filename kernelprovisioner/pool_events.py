@@ -6,6 +6,7 @@ import enum
 from dataclasses import dataclass
 
 from kernelprovisioner.sandbox_exit import ExitCause
+from kernelprovisioner.standing import Standing
 
 
 class Source(enum.StrEnum):
@@ -34,6 +35,7 @@ class ClaimAsked:
     claim: int
     owner: str
     own: bool = False
+    standing: Standing = Standing.KEPT
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,16 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class Adopted:
+    """A sandbox of a gateway that is gone is here again: of `owner`, or warm (None). `age` is in seconds."""
+
+    sandbox: str
+    template: str | None = None
+    owner: str | None = None
+    age: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class StartFailed:
     """A start ended without a sandbox and left nothing behind."""
 
@@ -78,11 +90,19 @@ class Touched:
 
     sandbox: str
     idle_since: float | None
+    standing: Standing = Standing.KEPT
 
 
 @dataclass(frozen=True, slots=True)
 class Exited:
     """A sandbox died by itself."""
+
+    sandbox: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeFailed:
+    """A sandbox that was warm when it was asked does not answer; one that was claimed meanwhile is its holder's."""
 
     sandbox: str
 
@@ -102,13 +122,39 @@ class Removed:
 
 
 @dataclass(frozen=True, slots=True)
+class TemplateIs:
+    """What sandboxes that start from now on are made from: warm ones of another template are outdated."""
+
+    template: str
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """What the schedule wants now: `count` sandboxes, in which those claimed `since` then are counted; `entry` says so.
+
+    0 where nothing is scheduled.
+    """
+
+    count: int
+    since: float = 0.0
+    entry: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineBack:
+    """The engine answers again after it was away: starts that failed say nothing about the next one."""
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
-    """Time has passed: at the beginning, and whenever WakeAt asked for it."""
+    """Time has passed: at the beginning, whenever WakeAt asked for it, and every few seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """No more sandboxes; all that live are destroyed."""
+    """No more sandboxes; all that live are destroyed; with `keep` those stay that are warm or have a holder."""
+
+    keep: bool = False
 
 
 Event = (
@@ -117,11 +163,16 @@ Event = (
     | ClaimFailed
     | ClaimSettled
     | Started
+    | Adopted
     | StartFailed
     | Touched
     | Exited
+    | ProbeFailed
     | Released
     | Removed
+    | TemplateIs
+    | Scheduled
+    | EngineBack
     | Tick
     | Stop
 )

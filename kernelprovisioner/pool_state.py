@@ -10,87 +10,69 @@ needs a sandbox of its own (a mounted directory), by the Start of that one.
 
 from __future__ import annotations
 
-import heapq
-import itertools
-from bisect import insort
+import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import assert_never
 
 from kernelprovisioner import sizing
+from kernelprovisioner.member import Member
 from kernelprovisioner.pool_events import (
+    Adopted,
     ClaimAbandoned,
     ClaimAsked,
     ClaimFailed,
     ClaimSettled,
+    EngineBack,
     Event,
     Evict,
     Exited,
     Give,
     Instruction,
+    ProbeFailed,
     Refusal,
     Refuse,
     Released,
     Remove,
     Removed,
+    Scheduled,
     Source,
     Start,
     Started,
     StartFailed,
     Stop,
+    TemplateIs,
     Tick,
     Touched,
     WakeAt,
 )
-from kernelprovisioner.sandbox import TRANSITIONS, SandboxState
+from kernelprovisioner.sandbox import SandboxState
 from kernelprovisioner.sandbox_exit import ExitCause
+from kernelprovisioner.standing import Standing, standing_now
+from kernelprovisioner.stock import Stock
+from kernelprovisioner.waiting_line import Waiter, WaitingLine
 
 #: so many failed starts in a row, with none under way, are told to those who wait instead of trying on for them
 FAILURES_TOLD = 3
-
-
-class InvalidTransition(RuntimeError):
-    """A sandbox was to take a step that its life cycle does not have: a bug of the pool."""
-
-
-@dataclass(slots=True)
-class Member:
-    """One sandbox that has a place. `gone` means that it is being removed."""
-
-    id: str
-    number: int = 0  # in the order of their starts
-    state: SandboxState = SandboxState.STARTING
-    template: str | None = None  # what its image was built from, known once it is warm
-    owner: str | None = None
-    claim: int | None = None  # the claim that it is for, until that is settled
-    idle_since: float | None = None
-
-    def become(self, state: SandboxState) -> None:
-        """Take one step of the life cycle. Raises InvalidTransition."""
-        if state not in TRANSITIONS[self.state]:
-            raise InvalidTransition(f"sandbox {self.id} cannot go from {self.state} to {state}")
-        self.state = state
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Waiter:
-    """A claim without a settled sandbox; ordered by when it was asked."""
-
-    claim: int
-    owner: str
-    own: bool
 
 
 class PoolState:
     """All sandboxes of one kernel image and all that wait for one.
 
     `minimum` are kept warm, `maximum` bounds all places, `line_bound` the line, `concurrency` the starts under way.
-    `new_id` makes sandbox ids.
+    `new_id` makes sandbox ids. `hit_rate` and `max_age` (seconds): see Stock.
     """
 
     def __init__(
-        self, *, minimum: int, maximum: int, line_bound: int, concurrency: int, new_id: Callable[[], str]
+        self,
+        *,
+        minimum: int,
+        maximum: int,
+        line_bound: int,
+        concurrency: int,
+        new_id: Callable[[], str],
+        hit_rate: float = 0.0,
+        max_age: float = math.inf,
     ) -> None:
         if not 0 <= minimum <= maximum or maximum < 1:
             raise ValueError(f"a pool needs 0 ≤ min ≤ max and max ≥ 1, not min={minimum} and max={maximum}")
@@ -98,25 +80,30 @@ class PoolState:
             raise ValueError(f"line bound ({line_bound}) and concurrency ({concurrency}) must be at least 1")
         self.minimum = minimum
         self.maximum = maximum
-        self.line_bound = line_bound
         self.concurrency = concurrency
         self.stopping = False
-        self.want = sizing.wanted(minimum, 0, maximum)
+        self.stock = Stock(
+            minimum=minimum,
+            maximum=maximum,
+            concurrency=sizing.refill_concurrency(concurrency),
+            hit_rate=hit_rate,
+            max_age=max_age,
+        )
         self.failures = 0  # failed starts in a row
         self.retry_at = 0.0
         self.members: dict[str, Member] = {}
         self._new_id = new_id
-        self._numbers = itertools.count(1)
-        self._newest = 0  # of those that were ever warm, the one started last
+        self._now = 0.0  # of the last event
+        self._number = 0  # of the last start
+        self._newest = -1  # the start that tells the template: of those that were ever warm the last
         self._template: str | None = None  # what it was built from
-        self._line: dict[str, list[Waiter]] = {}  # by owner, in the order of asking
+        self.line = WaitingLine(line_bound)
         self._given: dict[int, tuple[Waiter, str]] = {}  # out of the line, not settled: claim → its sandbox
-        self._gave_up: Counter[str] = Counter()  # own sessions that an owner gave up for claims still in line
 
     @property
     def waiting(self) -> int:
         """How many claims are in line."""
-        return sum(map(len, self._line.values()))
+        return len(self.line)
 
     def counts(self) -> dict[SandboxState, int]:
         """How many sandboxes are in each state; `gone` are those whose removal is not confirmed yet."""
@@ -130,13 +117,20 @@ class PoolState:
 
     def handle(self, event: Event, now: float) -> list[Instruction]:
         """Return what is to be done after `event`. What comes too late for a sandbox or claim changes nothing."""
+        self._now = now
         out: list[Instruction] = []
         asking: int | None = None
         match event:
-            case ClaimAsked(claim, owner, own):
+            case ClaimAsked(claim, owner, own, standing):
                 asking = claim
-                out += self._join(Waiter(claim, owner, own))
+                if not own:
+                    self.stock.claim_came(now)
+                out += self._join(Waiter(claim, owner, own, standing))
+                if Refuse(claim, Refusal.FULL) in out:
+                    return out  # it takes no longer for a longer line: who is too many is told at once
             case ClaimAbandoned(claim):
+                if claim not in self._given and self.line.find(claim) is None:
+                    return out  # settled or refused before
                 out += self._abandon(claim)
             case ClaimFailed(claim):
                 asking = claim
@@ -146,25 +140,41 @@ class PoolState:
                     self.members[self._given.pop(claim)[1]].claim = None
             case Started(sandbox, template):
                 out += self._started(sandbox, template)
+            case Adopted():
+                out += self._adopt(event)
             case StartFailed(sandbox):
                 out += self._start_failed(sandbox, now)
-            case Touched(sandbox, idle_since):
+            case Touched(sandbox, idle_since, standing):
                 if self._is(sandbox, SandboxState.CLAIMED) and self.members[sandbox].claim is None:
                     self.members[sandbox].idle_since = idle_since
+                    self.members[sandbox].standing = standing
             case Exited(sandbox):
                 out += self._remove(sandbox, None)
+            case ProbeFailed(sandbox):
+                if self._is(sandbox, SandboxState.WARM):
+                    out += self._remove(sandbox, ExitCause.PROTOCOL)
             case Released(sandbox):
                 out += self._remove(sandbox, ExitCause.REQUESTED)
             case Removed(sandbox):
                 self._forget(sandbox)
+            case TemplateIs(template):
+                out += self._template_is(template)
+            case Scheduled():
+                self.stock.scheduled = event
+            case EngineBack():
+                self.failures, self.retry_at = 0, 0.0
             case Tick():
                 pass
-            case Stop():
-                out += self._stop()
+            case Stop(keep):
+                out += self._stop(keep)
             case _:
                 assert_never(event)
-        if not self.stopping:
+        # Those that are adopted come one after the other, and the last may be what is missing.
+        if not self.stopping and (self.line or not isinstance(event, Adopted)):
             out += self._serve(asking, now)
+            if isinstance(event, Tick):
+                going = self.stock.one_too_many(self.members.values(), now)
+                out += [] if going is None else self._remove(going.id, ExitCause.REQUESTED)
         return out
 
     # What each event changes by itself.
@@ -172,22 +182,14 @@ class PoolState:
     def _join(self, waiter: Waiter) -> list[Instruction]:
         if self.stopping:
             return [Refuse(waiter.claim, Refusal.STOPPED)]
-        out: list[Instruction] = []
-        if self.waiting >= self.line_bound:
-            # A flood of one owner does not keep the others out of the line: its own last one makes room.
-            longest = max(self._line.values(), key=len)
-            if len(longest) <= len(self._line.get(waiter.owner, ())) + 1:
-                return [Refuse(waiter.claim, Refusal.FULL)]
-            out.append(Refuse(longest[-1].claim, Refusal.FULL))
-            self._leave_line(longest[-1], served=False)
-        insort(self._line.setdefault(waiter.owner, []), waiter)
-        return out
+        sent_away = self.line.join(waiter)
+        return [] if sent_away is None else [Refuse(sent_away.claim, Refusal.FULL)]
 
     def _abandon(self, claim: int) -> list[Instruction]:
         if claim in self._given:
             return self._remove(self._given.pop(claim)[1], ExitCause.REQUESTED)
-        for waiter in [w for line in self._line.values() for w in line if w.claim == claim]:
-            self._leave_line(waiter, served=False)
+        if (waiter := self.line.find(claim)) is not None:
+            self.line.leave(waiter, served=False)
         return []
 
     def _return(self, claim: int) -> list[Instruction]:
@@ -197,8 +199,7 @@ class PoolState:
         out = self._remove(sandbox, ExitCause.PROTOCOL)
         if self.stopping:
             return [*out, Refuse(claim, Refusal.STOPPED)]
-        # By its number it comes before all of its owner that asked later; the bound counts newcomers only.
-        insort(self._line.setdefault(waiter.owner, []), waiter)
+        self.line.come_back(waiter)
         return out
 
     def _started(self, sandbox: str, template: str | None) -> list[Instruction]:
@@ -206,18 +207,49 @@ class PoolState:
             return []  # given up meanwhile: its removal is under way
         member = self.members[sandbox]
         member.become(SandboxState.WARM)
-        member.template = template
+        member.template, member.warm_since = template, self._now
+        self.stock.started(self._now - member.started_at)
         self.failures, self.retry_at = 0, 0.0
         out: list[Instruction] = []
         if member.claim is not None:
             member.become(SandboxState.CLAIMED)
+            member.claimed_at = self._now
             out.append(Give(sandbox, member.claim, Source.COLD))
         if member.number > self._newest:
             self._newest, self._template = member.number, template
         # The image was rebuilt meanwhile. Judged by who was started last: an older one may be the last to be warm.
-        for other in list(self.members.values()):
-            if other.state is SandboxState.WARM and other.template != self._template:
-                out += self._remove(other.id, ExitCause.REQUESTED)
+        return out + self._remove_outdated()
+
+    def _adopt(self, event: Adopted) -> list[Instruction]:
+        """Whoever holds a sandbox keeps it, also beyond `max`; a warm one is kept where it fits."""
+        if event.sandbox in self.members:
+            return []
+        full = len(self.members) >= self.maximum
+        self._number += 1
+        member = self.members[event.sandbox] = Member(event.sandbox, self._number, template=event.template)
+        member.become(SandboxState.WARM)
+        member.warm_since = self._now - event.age
+        if event.owner is not None:
+            member.become(SandboxState.CLAIMED)
+            member.owner, member.claimed_at = event.owner, self._now - event.age
+        if self.stopping:
+            return self._remove(member.id, ExitCause.GATEWAY)
+        if event.owner is None and full:
+            return self._remove(member.id, ExitCause.REQUESTED)
+        return self._remove_outdated() if self._newest >= 0 else []
+
+    def _template_is(self, template: str) -> list[Instruction]:
+        if self._newest >= 0 and template == self._template:
+            return []
+        # What is on its way was begun before: it is outdated, too, unless it says otherwise.
+        self._newest, self._template = self._number, template
+        return self._remove_outdated()
+
+    def _remove_outdated(self) -> list[Instruction]:
+        out: list[Instruction] = []
+        for member in list(self.members.values()):
+            if member.state is SandboxState.WARM and member.template != self._template:
+                out += self._remove(member.id, ExitCause.REQUESTED)
         return out
 
     def _start_failed(self, sandbox: str, now: float) -> list[Instruction]:
@@ -235,23 +267,25 @@ class PoolState:
         out: list[Instruction] = [WakeAt(self.retry_at)]
         under_way = any(m.state is SandboxState.STARTING and m.claim is None for m in self.members.values())
         if self.failures >= FAILURES_TOLD and not under_way:
-            for waiter in sorted(w for line in self._line.values() for w in line if not w.own):
-                self._leave_line(waiter, served=False)
+            for waiter in [waiter for waiter in self.line if not waiter.own]:
+                self.line.leave(waiter, served=False)
                 out.append(Refuse(waiter.claim, Refusal.START_FAILED))
         return out
 
-    def _stop(self) -> list[Instruction]:
+    def _stop(self, keep: bool) -> list[Instruction]:
         self.stopping = True
         out: list[Instruction] = []
-        for waiter in sorted(w for line in self._line.values() for w in line):
-            self._leave_line(waiter, served=False)
+        for waiter in list(self.line):
+            self.line.leave(waiter, served=False)
             out.append(Refuse(waiter.claim, Refusal.STOPPED))
         for claim, (_, sandbox) in list(self._given.items()):
             if self._is(sandbox, SandboxState.STARTING):  # the others learn it when their sandbox goes
                 del self._given[claim]
                 out.append(Refuse(claim, Refusal.STOPPED))
-        for sandbox in list(self.members):
-            out += self._remove(sandbox, ExitCause.GATEWAY)
+        for member in list(self.members.values()):
+            stays = member.state is SandboxState.WARM or (member.state is SandboxState.CLAIMED and member.claim is None)
+            if not (keep and stays):
+                out += self._remove(member.id, ExitCause.GATEWAY)
         return out
 
     # Who gets what.
@@ -260,19 +294,22 @@ class PoolState:
         """Give, start and evict for the line in its fair order; what is left over goes to the refill."""
         out: list[Instruction] = []
         held = self._held()
+        # By owner and standing: who has a sandbox, and in the end who is to get one.
+        placed = Counter((str(m.owner), m.standing) for m in self.members.values() if m.state is SandboxState.CLAIMED)
         states = self.counts()
         warm = deque(m for m in self.members.values() if m.state is SandboxState.WARM)
         # What is on its way: each covers one claim of the line, in order, and counts as held by its owner.
         starting = sum(m.state is SandboxState.STARTING and m.claim is None for m in self.members.values())
-        leaving = states[SandboxState.GONE]
-        free = self.maximum - len(self.members)
+        # Those that were adopted beyond `max` leave no place behind.
+        leaving = states[SandboxState.GONE] - max(0, len(self.members) - self.maximum)
+        leaving, free = max(0, leaving), max(0, self.maximum - len(self.members))
         slots = self.concurrency - states[SandboxState.STARTING]
         backing_off = now < self.retry_at
         shared, planned, reserved = starting, 0, 0
         staying: set[str] = set()  # owners with a claim that stays in line: none behind it may leave
         without: set[str] = set()  # owners with a claim that nothing covers: so it is for all behind it
 
-        for waiter in list(self._fair_order(held)):
+        for waiter in list(self.line.fair_order(held)):
             owner = waiter.owner
             if owner in without:
                 continue
@@ -296,46 +333,44 @@ class PoolState:
                     leaving -= 1
                 elif warm:
                     out += self._remove(warm.popleft().id, ExitCause.EVICTED)
-                elif (victim := self._victim(owner, held)) is not None:
+                elif (victim := self._victim(owner, held, placed, now)) is not None:
                     out.append(self._evict(victim, owner))
                     held[str(victim.owner)] -= 1
+                    placed[str(victim.owner), victim.standing] -= 1
                 else:
                     without.add(owner)
                     continue
             held[owner] += 1
+            placed[owner, waiter.standing] += 1
 
-        in_line = sum(not w.own for line in self._line.values() for w in line)
+        in_line = sum(not waiter.own for waiter in self.line)
         unclaimed = len(warm) + shared
         room = self.maximum - len(self.members) + unclaimed - reserved
-        self.want = sizing.wanted(self.minimum, in_line, room)
+        want = self.stock.look(self.members.values(), in_line, room, now)
         if not backing_off:
-            starts = sizing.starts_now(self.want.count, in_line, unclaimed, self.concurrency - slots, self.concurrency)
+            empty = not (states[SandboxState.WARM] or states[SandboxState.CLAIMED])
+            starting = self.concurrency - slots
+            starts = sizing.starts_now(want.count, in_line, unclaimed, starting, self.concurrency, empty=empty)
             out += [self._start(None) for _ in range(starts)]
         return out
 
-    def _fair_order(self, held: Counter[str]) -> Iterator[Waiter]:
-        """Yield the line: next is always the owner that holds fewest, counting what it got here; then who asked first.
+    def _victim(
+        self, owner: str, held: Counter[str], placed: Counter[tuple[str, Standing]], now: float
+    ) -> Member | None:
+        """Return the idle session that a claim of `owner` costs, if any: the lowest in standing, used longest ago.
 
-        Between equals, an owner that gave up a session of its own goes first: else another's flood would get the place.
+        It is one of an owner that holds more, or of its own. Of its own nobody at work loses a sandbox while there is a
+        lower one, idle, busy or on its way: that one is waited for.
         """
-        heap = [(held[owner], not self._gave_up[owner], line[0], 0) for owner, line in self._line.items()]
-        heapq.heapify(heap)
-        while heap:
-            count, _, waiter, index = heapq.heappop(heap)
-            yield waiter
-            line, index = self._line[waiter.owner], index + 1
-            if index < len(line):
-                heapq.heappush(heap, (count + 1, index >= self._gave_up[waiter.owner], line[index], index))
-
-    def _victim(self, owner: str, held: Counter[str]) -> Member | None:
-        """Return the idle session used longest ago among those that a claim of `owner` may cost, if any."""
-        idle = [
-            (member.idle_since, member.id, member)
-            for member in self.members.values()
-            if member.state is SandboxState.CLAIMED and member.idle_since is not None
-            if member.owner == owner or held[str(member.owner)] > held[owner] + 1
-        ]
-        return min(idle)[2] if idle else None
+        lowest = min((standing for standing in Standing if placed[owner, standing] > 0), default=Standing.PASSING)
+        idle = []
+        for member in self.members.values():
+            if member.state is not SandboxState.CLAIMED or member.idle_since is None:
+                continue
+            standing = standing_now(member.standing, now - member.idle_since)
+            if standing <= lowest if member.owner == owner else held[str(member.owner)] > held[owner] + 1:
+                idle.append((standing, member.standing, member.idle_since, member.id, member))
+        return min(idle)[-1] if idle else None
 
     def _held(self) -> Counter[str]:
         """How many sandboxes each owner has, or has being started for it alone."""
@@ -343,23 +378,25 @@ class PoolState:
 
     def _give(self, member: Member, waiter: Waiter, source: Source) -> Give:
         member.become(SandboxState.CLAIMED)
-        member.owner, member.claim = waiter.owner, waiter.claim
-        self._leave_line(waiter, served=True)
+        member.owner, member.claim, member.standing = waiter.owner, waiter.claim, waiter.standing
+        member.claimed_at = self._now
+        self.line.leave(waiter, served=True)
         self._given[waiter.claim] = (waiter, member.id)
         return Give(member.id, waiter.claim, source)
 
     def _start(self, waiter: Waiter | None) -> Start:
-        member = Member(self._new_id(), next(self._numbers))
+        self._number += 1
+        member = Member(self._new_id(), self._number, started_at=self._now)
         self.members[member.id] = member
         if waiter is not None:
-            member.owner, member.claim = waiter.owner, waiter.claim
-            self._leave_line(waiter, served=True)
+            member.owner, member.claim, member.standing = waiter.owner, waiter.claim, waiter.standing
+            self.line.leave(waiter, served=True)
             self._given[waiter.claim] = (waiter, member.id)
         return Start(member.id, member.claim)
 
     def _evict(self, victim: Member, owner: str) -> Evict:
         if victim.owner == owner:
-            self._gave_up[owner] += 1
+            self.line.gave_up_one(owner)
         victim.become(SandboxState.GONE)
         return Evict(victim.id, owner)
 
@@ -373,13 +410,6 @@ class PoolState:
     def _forget(self, sandbox: str) -> None:
         if self._is(sandbox, SandboxState.GONE):
             del self.members[sandbox]
-
-    def _leave_line(self, waiter: Waiter, *, served: bool) -> None:
-        line = self._line[waiter.owner]
-        line.remove(waiter)
-        self._gave_up[waiter.owner] = max(0, min(self._gave_up[waiter.owner] - served, len(line)))
-        if not line:
-            del self._line[waiter.owner], self._gave_up[waiter.owner]
 
     def _is(self, sandbox: str, state: SandboxState) -> bool:
         member = self.members.get(sandbox)

@@ -16,7 +16,7 @@ from jupyter_client.connect import KernelConnectionInfo
 from jupyter_client.provisioning.provisioner_base import KernelProvisionerBase
 from traitlets import Enum, Float, Unicode, default
 
-from kernelprovisioner.claims import ClaimRefused, NoGateway
+from kernelprovisioner.claims import STARTING, ClaimRefused, NoGateway
 from kernelprovisioner.environment import added_by_caller
 from kernelprovisioner.held import GatewaySandbox, HeldSandbox, OwnSandbox, Wanted
 from kernelprovisioner.holder import KernelHolder, link_of, remove_dead_links
@@ -255,7 +255,7 @@ class SandboxProvisioner(KernelProvisionerBase):
         except NoGateway as error:
             self.log.info("%s; launching a sandbox", error)
         except ClaimRefused as error:
-            if error.code != "unknown_image":
+            if error.code not in ("unknown_image", STARTING):
                 raise
             self.log.info("%s; launching a sandbox", error)
         image = find_image(wanted.image)

@@ -2,6 +2,10 @@
 
 <root>/                      0700, ours, no link
 <root>/<owner>/lock          held by flock while the owner lives
+<root>/<owner>/kind          what launches here: launcher and engine
+<root>/<owner>/role          `gateway` where another gateway may continue as this owner
+<root>/<owner>/dead          made by who first finds the gateway dead
+<root>/<owner>/<sandbox_id>.json  the sandbox's record
 <root>/<owner>/<sandbox_id>/ one sandbox: sockets k-1 … k-5 and sup
 <root>/k/<kernel_id>         link to a sandbox's directory, moved by the provisioner only
 """
@@ -16,13 +20,17 @@ import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 ENVIRONMENT_NAME = "SAMOVAR_RUNTIME_DIR"
+#: A dead gateway's sandboxes wait so long (in seconds) for the next one; by then they have ended themselves.
+GATEWAY_GRACE = 90.0
 #: bytes that a Unix socket's path may have (108 with the final NUL)
 MAX_SOCKET_PATH = 107
 
+_GATEWAY = "gateway"
 _OWNER_NAME = re.compile(r"[0-9a-f]{8}")
 _SANDBOX_NAME = re.compile(r"[0-9a-f]{16}")
 # The longest path below the root is a kernel's link: /k/<uuid>/sup.
@@ -75,15 +83,10 @@ class RuntimeRoot:
         Raises RuntimeDirectoryError where it is not ours alone, is a link, cannot be made or is too long.
         """
         root = default_root(os.environ, os.geteuid()) if path is None else Path(path).absolute()
-        longest = len(os.fsencode(root)) + _LONGEST_BELOW_ROOT
-        if longest > MAX_SOCKET_PATH:
-            raise RuntimeDirectoryError(
-                f"the runtime directory {root} is too long: socket paths in it would have {longest} bytes, "
-                f"at most {MAX_SOCKET_PATH} work; set {ENVIRONMENT_NAME} to a shorter one"
-            )
+        check_length(root)
         try:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _check_private(root)
+            check_private(root)
             (root / "k").mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise RuntimeDirectoryError(
@@ -104,16 +107,31 @@ class RuntimeRoot:
             raise RuntimeDirectoryError(f"cannot make the owner directory {path}: {error.strerror}") from error
         return OwnerDirectory(path, lock)
 
-    def dead_owners(self) -> list[OwnerDirectory]:
-        """Return the owners whose process is gone, their locks now held by us: reap, then `close()` each."""
+    def dead_owners(self, *, gateways: bool = False) -> list[OwnerDirectory]:
+        """Return the owners whose process is gone, their locks now held by us: reap, then `close()` each.
+
+        Dead gateways that the next one may continue are only among them with `gateways`.
+        """
         dead: list[OwnerDirectory] = []
         with _locked_directory(self.path):
             for entry in sorted(self.path.iterdir()):
                 if _OWNER_NAME.fullmatch(entry.name):
                     owner = _take_over(entry, create_lock=True)
-                    if owner is not None:
+                    # Let go of at once, under the root's lock: a gateway that starts must not take it for living.
+                    if owner is not None and not gateways and owner.awaits_gateway:
+                        owner.release()
+                    elif owner is not None:
                         dead.append(owner)
         return dead
+
+    def gateway_kinds(self) -> list[str]:
+        """What gateways that live here, or died and were not continued yet, have launched with. Blocks."""
+        found = []
+        for role in self.path.glob("*/role"):
+            with contextlib.suppress(OSError):
+                if _OWNER_NAME.fullmatch(role.parent.name) and role.read_text() == _GATEWAY:
+                    found.append((role.parent / "kind").read_text())
+        return found
 
     def remove_links_into(self, owner: OwnerDirectory) -> None:
         """Remove the kernels' links that lead into this owner's directory."""
@@ -121,6 +139,23 @@ class RuntimeRoot:
             with contextlib.suppress(OSError):
                 if Path(os.readlink(link)).parent == owner.path:
                     link.unlink()
+
+
+def owner_lives(path: Path) -> bool:
+    """Whether a living process owns the owner directory at `path`. Blocks."""
+    try:
+        # Under the root's lock: who starts as this owner at this moment must not find the lock taken.
+        with _locked_directory(path.parent):
+            lock = os.open(path / "lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            finally:
+                os.close(lock)
+    except BlockingIOError:
+        return True
+    except OSError:  # it is gone, or was never there
+        return False
+    return False
 
 
 class OwnerDirectory:
@@ -137,10 +172,21 @@ class OwnerDirectory:
 
     @classmethod
     def take_over(cls, path: Path) -> OwnerDirectory | None:
-        """Return the owner directory at `path` if its owner is dead; None if it lives or cannot be seen."""
+        """Return the owner directory at `path` if its owner is dead; None if it lives or cannot be seen.
+
+        None as well for a dead gateway that the next one may continue.
+        """
         if not _OWNER_NAME.fullmatch(path.name):
             return None
-        return _take_over(path, create_lock=False)
+        try:
+            with _locked_directory(path.parent):
+                owner = _take_over(path, create_lock=False)
+                if owner is not None and owner.awaits_gateway:
+                    owner.release()
+                    return None
+                return owner
+        except OSError:  # the directory around it is gone, or not ours to see
+            return None
 
     def sandbox_directory(self, sandbox_id: str) -> Path:
         """Make and return the directory of one sandbox.
@@ -171,6 +217,36 @@ class OwnerDirectory:
         except FileNotFoundError:
             return None
 
+    def mark_gateway(self) -> None:
+        """Note that a gateway owns this: after its death the next one may continue as this owner."""
+        (self.path / "role").write_text(_GATEWAY)
+
+    @property
+    def is_gateways(self) -> bool:
+        """Whether `mark_gateway` was called."""
+        try:
+            return (self.path / "role").read_text() == _GATEWAY
+        except OSError:
+            return False
+
+    def continue_as_gateway(self) -> None:
+        """Forget that the gateway that owned this was found dead: it lives again, in us."""
+        (self.path / "dead").unlink(missing_ok=True)
+
+    @property
+    def awaits_gateway(self) -> bool:
+        """Whether the next gateway may still continue as this dead owner; asking notes when that was first asked."""
+        if not self.is_gateways:
+            return False
+        mark = self.path / "dead"
+        try:
+            return time.time() - mark.stat().st_mtime < GATEWAY_GRACE
+        except FileNotFoundError:
+            # On a full disk nobody learns since when: then the next gateway has all the time it wants.
+            with contextlib.suppress(OSError):
+                mark.touch()
+            return True
+
     def sandbox_ids(self) -> list[str]:
         """Return the sandboxes that have a directory here."""
         return sorted(entry.name for entry in self.path.iterdir() if _SANDBOX_NAME.fullmatch(entry.name))
@@ -195,7 +271,18 @@ class OwnerDirectory:
         return self.path / sandbox_id
 
 
-def _check_private(root: Path) -> None:
+def check_length(root: Path) -> None:
+    """Raise RuntimeDirectoryError where sockets below this runtime directory would have too long paths."""
+    longest = len(os.fsencode(root)) + _LONGEST_BELOW_ROOT
+    if longest > MAX_SOCKET_PATH:
+        raise RuntimeDirectoryError(
+            f"the runtime directory {root} is too long: socket paths in it would have {longest} bytes, "
+            f"at most {MAX_SOCKET_PATH} work; set {ENVIRONMENT_NAME} to a shorter one"
+        )
+
+
+def check_private(root: Path) -> None:
+    """Raise RuntimeDirectoryError where the runtime directory is not ours alone, and OSError where it is not there."""
     found = root.lstat()
     if not stat.S_ISDIR(found.st_mode):
         raise RuntimeDirectoryError(

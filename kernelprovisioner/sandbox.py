@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import enum
 import logging
 import os
 import signal
 import stat
-from collections.abc import Coroutine, Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import msgspec
+
+from kernelprovisioner.causes import find_cause
+from kernelprovisioner.exit_log import ExitEntry
 from kernelprovisioner.images import KernelImage
-from kernelprovisioner.launchers.base import Launched, Launcher, LaunchError, LaunchRequest
-from kernelprovisioner.patience import all_done, end
-from kernelprovisioner.sandbox_exit import ExitCause, SandboxExit
-from kernelprovisioner.supervisor import KernelExit, SupervisorClient, SupervisorError
-from kernelprovisioner.warming import prove, unless_ended
-from kernelprovisioner.wire import KernelWire, Message, Unfinished, WireError, first_of
+from kernelprovisioner.launchers.base import Launched, LaunchError
+from kernelprovisioner.records import SandboxRecord
+from kernelprovisioner.sandbox_exit import CellReference, ExitCause, SandboxExit
+from kernelprovisioner.supervisor import KernelExit, SupervisorClient
+from kernelprovisioner.warming import prove
+from kernelprovisioner.wire import KernelWire, Message, WireError, first_of
 
-#: How long an engine's `oom` event may come after the kernel process was seen dead.
-_EVIDENCE_SECONDS = 0.5
-#: How long before the kernel's end the engine's `oom` event may have come.
-_OUT_OF_MEMORY_SECONDS = 1.5
-#: How long the news of a kernel's end may come after its channels closed.
-_NEWS_SECONDS = 2.0
+if TYPE_CHECKING:
+    from kernelprovisioner.sandboxes import Sandboxes
+
 _CLAIM_SECONDS = 5.0
-#: An engine that is away is asked so often to remove a sandbox; after that the launcher's own reaping has to.
-_REMOVAL_ATTEMPTS = 10
-_REMOVAL_PAUSE_SECONDS = 1.0
 _LAST_USE_SECONDS = 10.0
 
 _log = logging.getLogger(__name__)
@@ -57,9 +57,31 @@ class ClaimError(Exception):
     """A warm sandbox could not be made personal; it is of no use any more."""
 
 
+class ProbeError(Exception):
+    """A sandbox did not answer a probe, or not with what is one."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a kernel says of itself: the msg_id of the cell that runs now, and its next execution count."""
+
+    running: str | None
+    execution_count: int
+
+
+class _ProbeReply(msgspec.Struct):
+    status: str
+    execution_count: int
+    running: str | None = None
+
+
 @dataclass(frozen=True)
 class ClaimRequest:
-    """What makes a warm sandbox personal. `hold_ms`: shell requests wait that long after the first one (restart)."""
+    """What makes a warm sandbox personal. `hold_ms`: shell requests wait that long after the first one (restart).
+
+    `owner` and `holder` go into the sandbox's record: the pool's owner, and what whoever claims needs to come back
+    after the gateway was lost (`{"kind": …, …}`, JSON).
+    """
 
     kernel_id: str
     key: bytes
@@ -67,6 +89,8 @@ class ClaimRequest:
     session_name: str | None = None
     notice: str | None = None
     hold_ms: int = 0
+    owner: str = ""
+    holder: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Sandbox:
@@ -82,10 +106,18 @@ class Sandbox:
         self.exited: asyncio.Future[SandboxExit] = asyncio.get_running_loop().create_future()
         #: how the kernel process ended and what output it had not sent, where its supervisor could still tell
         self.kernel_exit: KernelExit | None = None
+        #: as it is on disk, or on its way there; None until the sandbox is warm
+        self.record: SandboxRecord | None = None
+        #: tells the cell that runs in it; set by whoever runs one, as long as it runs
+        self.running: Callable[[], CellReference | None] | None = None
         #: a holder that still reads the files of a sandbox that ended: `destroy` waits for it, bounded
         self.last_use: asyncio.Future[None] | None = None
         self._sandboxes = sandboxes
         self._destroying: asyncio.Task[None] | None = None
+        self._kept = False
+        #: whether its kernel ended while no gateway was there
+        self._ended_before = False
+        self._recording: asyncio.Future[None] | None = None
 
     @property
     def id(self) -> str:
@@ -99,6 +131,11 @@ class Sandbox:
     def template(self) -> str | None:
         """What its image was built from, where that is known."""
         return self.launched.template
+
+    @property
+    def created_at(self) -> float:
+        """When it became warm, in seconds since the epoch, however many gateways ago."""
+        return time.time() if self.record is None else self.record.created_at
 
     @property
     def container_id(self) -> str:
@@ -147,6 +184,23 @@ class Sandbox:
         finally:
             self.wire.unlisten(msg_id)
             reply.cancel()
+        self._note_claim(request)
+
+    async def probe(self, *, timeout: float) -> Probe:
+        """Ask the kernel what it does; it answers beside a cell that runs. Raises ProbeError after `timeout` seconds.
+
+        No answer does not prove a dead kernel: code that keeps Python's lock for itself delays it.
+        """
+        try:
+            message = await self.wire.request("control", "samovar_probe_request", {}, timeout=timeout)
+            reply = message.content_as(_ProbeReply)
+        except TimeoutError:
+            raise ProbeError(f"sandbox {self.id} did not answer a probe within {timeout:g} s") from None
+        except WireError as error:
+            raise ProbeError(f"sandbox {self.id} could not be probed: {error}") from None
+        if reply.status != "ok":
+            raise ProbeError(f"sandbox {self.id} refused a probe")
+        return Probe(reply.running, reply.execution_count)
 
     async def hand_over(self) -> None:
         """Close our own shell, iopub and stdin channels: somebody else talks to the kernel directly now."""
@@ -167,196 +221,97 @@ class Sandbox:
         task = self._destroying
         if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
             # A removal that failed (the engine was away) is tried again by whoever asks next.
+            self._kept = self._sandboxes.keeping and not self.exited.done()
             self._end(cause or SandboxExit(ExitCause.REQUESTED))
             task = self._destroying = self._sandboxes.run(self._destroy())
         # Shielded: a caller that is cancelled must not leave half a sandbox behind.
         await asyncio.shield(task)
 
     async def _destroy(self) -> None:
-        if self.last_use is not None:
+        if self.last_use is not None and not self._kept:
             await asyncio.wait({self.last_use}, timeout=_LAST_USE_SECONDS)
         await self.wire.close()
         self.supervisor.close()
-        await self._sandboxes.launcher.destroy(self.launched)
+        if not self._kept:
+            self._sandboxes.records.remove(self.id)
+            await self._sandboxes.launcher.destroy(self.launched)
         self._sandboxes.forget(self)
 
     def _end(self, cause: SandboxExit) -> None:
         if self.state is not SandboxState.GONE:
             self._move(SandboxState.GONE)
-        if not self.exited.done():
-            self.exited.set_result(cause)
+        if self.exited.done():
+            return
+        if cause.cell is None and self.running is not None:
+            cause = dataclasses.replace(cause, cell=self.running())
+        # Not of one that only changes its host.
+        if not self._kept:
+            session = self.record.kernel_id if self.record is not None and self.record.state == "claimed" else ""
+            self._sandboxes.exits.add(ExitEntry(self.id, self.image.name, session, cause))
+        self.exited.set_result(cause)
 
     def _move(self, state: SandboxState) -> None:
         if state not in TRANSITIONS[self.state]:
             raise ValueError(f"sandbox {self.id} cannot go from {self.state} to {state}")
         self.state = state
 
-    async def _warm(self) -> None:
-        """Until the kernel has answered and run one silent cell; then its directory loses its write bit."""
+    async def warm(self) -> None:
+        """Return once the kernel has answered and run one silent cell; then its directory loses its write bit."""
         await prove(self.wire)
         if self.launched.transport == "ipc":
             os.chmod(self.launched.directory, stat.S_IRUSR | stat.S_IXUSR | 0o055)
         await self._sandboxes.launcher.warmed(self.launched)
         self._move(SandboxState.WARM)
+        self.record = SandboxRecord.of(self.launched, time.time())
+        records = self._sandboxes.records
+        await records.written(records.write(self.record))
 
-    async def _watch(self, container_ended: asyncio.Future[SandboxExit]) -> None:
-        """Find out why the sandbox ends: what the engine says comes before what the sandbox says of itself."""
-        supervisor = self.supervisor
-        await first_of(supervisor.exited, supervisor.gone, container_ended, self.wire.closed)
-        if not supervisor.exited.done() and not container_ended.done():
-            await first_of(supervisor.exited, container_ended, timeout=_NEWS_SECONDS)
-        if supervisor.exited.done():
-            self.kernel_exit = supervisor.exited.result()
-        if container_ended.done():
-            self._end(container_ended.result())
-        elif self.kernel_exit is not None:
-            self._end(await self._kernel_cause(self.kernel_exit, container_ended))
-        else:
-            self._end(SandboxExit(ExitCause.PROTOCOL))
-
-    async def _kernel_cause(self, kernel_exit: KernelExit, container_ended: asyncio.Future[SandboxExit]) -> SandboxExit:
-        if kernel_exit.signal != signal.SIGKILL:
-            cause = ExitCause.EXITED if kernel_exit.signal is None else ExitCause.SIGNAL
-            return SandboxExit(cause, kernel_exit.code, kernel_exit.signal)
-        deadline = asyncio.get_running_loop().time() + _EVIDENCE_SECONDS
-        while asyncio.get_running_loop().time() < deadline and not container_ended.done():
-            if self._sandboxes.launcher.was_out_of_memory(self.launched, within=_OUT_OF_MEMORY_SECONDS):
-                return SandboxExit(ExitCause.OUT_OF_MEMORY, None, signal.SIGKILL, await self._memory_evidence())
-            await asyncio.sleep(0.01)
-        if container_ended.done():
-            return container_ended.result()
-        return SandboxExit(ExitCause.SIGNAL, None, signal.SIGKILL)
-
-    async def _memory_evidence(self) -> dict[str, Any]:
-        evidence: dict[str, Any] = {"limit_mb": self.image.limits.container_memory_mb}
+    async def become(self, record: SandboxRecord, timeout: float) -> None:
+        """Become what the record says. A warm one has to answer: its key proves that nobody claimed it since."""
+        self.record = record
+        self._ended_before = self.supervisor.exited.done()
+        self._move(SandboxState.WARM)
+        if record.state == "claimed":
+            self._move(SandboxState.CLAIMED)
+            return
         try:
-            stats, _ = await self.supervisor.request("stats", timeout=_EVIDENCE_SECONDS)
-        except SupervisorError:
-            return evidence
-        peak = stats.get("memory_peak")
-        if isinstance(peak, int) and 0 < peak < 2**50:
-            evidence["peak_mb"] = round(peak / 2**20)
-        return evidence
+            await self.probe(timeout=timeout)
+        except ProbeError as error:
+            raise LaunchError(f"it cannot be taken over: {error}") from None
 
+    def _note_claim(self, request: ClaimRequest) -> None:
+        """Begin to write the record of a claim that was acknowledged; `recorded` waits for it.
 
-class Sandboxes:
-    """All sandboxes of one launcher: starts them, hears how they end, and knows which live."""
-
-    def __init__(self, launcher: Launcher) -> None:
-        self.launcher = launcher
-        self._container_ended: dict[str, asyncio.Future[SandboxExit]] = {}
-        self._live: dict[str, Sandbox] = {}
-        self._unfinished = Unfinished()
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    @property
-    def live(self) -> list[Sandbox]:
-        """Every sandbox that was started and whose container is not yet confirmed to be gone."""
-        return list(self._live.values())
-
-    async def start(self) -> None:
-        """Raises EngineUnavailable."""
-        await self.launcher.start(self._ended)
-
-    async def launch(self, request: LaunchRequest, *, timeout: float = 60.0) -> Sandbox:
-        """Return a warm sandbox. Raises LaunchError, and then nothing of it is left."""
-        ended: asyncio.Future[SandboxExit] = asyncio.get_running_loop().create_future()
-        self._container_ended[request.sandbox_id] = ended
-        try:
-            launched = await self.launcher.launch(request)
-        except BaseException:
-            del self._container_ended[request.sandbox_id]
-            raise
-        try:
-            return await self._warm_up(launched, ended, timeout)
-        except BaseException:
-            # Shielded: the container exists, so it has to go even when we are being cancelled.
-            await asyncio.shield(self.run(self._abandon(launched)))
-            raise
-
-    async def stop(self, give_up: asyncio.Event | None = None) -> list[str]:
-        """Destroy every sandbox that lives and stop the launcher.
-
-        Once `give_up` is set no removal is waited for. Returns the sandboxes that stay; the next start reaps them.
+        A gateway that dies before it is written finds a warm record whose key opens nothing, and reaps the sandbox.
         """
-        for sandbox in self.live:
-            self.run(self._end_at_stop(sandbox))
-        while self._tasks and await all_done(self._tasks, give_up):
-            pass
-        await end(self._tasks)
-        left = await self.launcher.stop(give_up)
-        if left:
-            _log.warning(
-                "not confirmed as removed, so that the next start removes what is left of them: the sandboxes %s",
-                ", ".join(left),
-            )
-        return left
+        if self.record is None:
+            return
+        self.record = msgspec.structs.replace(
+            self.record,
+            state="claimed",
+            key=request.key.decode(),
+            claimed_at=time.time(),
+            kernel_id=request.kernel_id,
+            owner=request.owner,
+            holder=dict(request.holder),
+        )
+        self._recording = self._sandboxes.records.write(self.record)
 
-    def run(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run small work of a sandbox's life in a task that is owned here."""
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
+    async def recorded(self) -> None:
+        """Return once the claim's record is on disk: before it, nobody is told of a sandbox to come back to."""
+        if self._recording is not None:
+            await self._sandboxes.records.written(self._recording)
 
-    def forget(self, sandbox: Sandbox) -> None:
-        """The sandbox's container is confirmed to be gone."""
-        self._live.pop(sandbox.id, None)
-        ended = self._container_ended.pop(sandbox.id, None)
-        if ended is not None:
-            ended.cancel()
-
-    async def _warm_up(self, launched: Launched, ended: asyncio.Future[SandboxExit], timeout: float) -> Sandbox:
-        supervisor: SupervisorClient | None = None
-        wire: KernelWire | None = None
-        try:
-            async with asyncio.timeout(timeout):
-                supervisor = await unless_ended(
-                    SupervisorClient.connect(launched.supervisor, launched.token, timeout=timeout), ended
-                )
-                connecting = KernelWire.connect(
-                    launched.channels, launched.key, timeout=timeout, unfinished=self._unfinished
-                )
-                wire = await unless_ended(connecting, ended, supervisor.exited)
-                sandbox = Sandbox(launched, supervisor, wire, self)
-                await unless_ended(sandbox._warm(), ended, supervisor.exited)
-        except BaseException as error:
-            if wire is not None:
-                await wire.close()
-            if supervisor is not None:
-                supervisor.close()
-            if isinstance(error, TimeoutError):
-                raise LaunchError(f"the sandbox was not ready within {timeout:g} s") from None
-            if isinstance(error, WireError | SupervisorError):
-                raise LaunchError(f"the sandbox could not be made ready: {error}") from None
-            raise
-        self._live[sandbox.id] = sandbox
-        self.run(sandbox._watch(ended))
-        return sandbox
-
-    async def _abandon(self, launched: Launched) -> None:
-        """Remove what never became warm; as long as it may exist, whoever started it is told nothing, and it counts."""
-        for attempt in range(_REMOVAL_ATTEMPTS):
-            try:
-                await self.launcher.destroy(launched)
-                break
-            except LaunchError as error:
-                _log.warning(
-                    "sandbox %s could not be removed (attempt %d): %s", launched.sandbox_id, attempt + 1, error
-                )
-                await asyncio.sleep(_REMOVAL_PAUSE_SECONDS)
-        ended = self._container_ended.pop(launched.sandbox_id, None)
-        if ended is not None:
-            ended.cancel()
-
-    async def _end_at_stop(self, sandbox: Sandbox) -> None:
-        try:
-            await sandbox.destroy(SandboxExit(ExitCause.GATEWAY))
-        except Exception as error:
-            # The launcher tries once more; what stays then is told in one line.
-            _log.debug("sandbox %s could not be removed: %s", sandbox.id, error)
-
-    def _ended(self, sandbox_id: str, cause: SandboxExit) -> None:
-        ended = self._container_ended.get(sandbox_id)
-        if ended is not None and not ended.done():
-            ended.set_result(cause)
+    async def watch(self, container_ended: asyncio.Future[SandboxExit]) -> None:
+        """Find out why the sandbox ends."""
+        cause = await find_cause(
+            self.launched,
+            self.supervisor,
+            self.wire.closed,
+            container_ended,
+            self._sandboxes.launcher,
+            heard=not self._ended_before,
+        )
+        if self.supervisor.exited.done():
+            self.kernel_exit = self.supervisor.exited.result()
+        self._end(cause)

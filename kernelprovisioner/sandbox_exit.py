@@ -19,16 +19,30 @@ class ExitCause(enum.StrEnum):
     TIME_LIMIT = "time_limit"  # it passed its time limit and could not be interrupted
     REMOVED = "removed"  # somebody killed or removed the container from outside
     EVICTED = "evicted"  # the pool was full and somebody waited for the place
+    IDLE = "idle"  # nobody used its session for as long as sessions may be idle
     START_FAILED = "start_failed"  # it never became warm
     GATEWAY = "gateway"  # the gateway went away or drained
+    ENGINE = "engine"  # the container engine stopped or was restarted, and took it along
     PROTOCOL = "protocol"  # it sent what is not the protocol, or stopped to answer
+
+
+@dataclass(frozen=True)
+class CellReference:
+    """A cell that ran: its request's message id, and its number in the kernel where that is known."""
+
+    msg_id: str
+    execution_count: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the cell for a JSON answer."""
+        return {"msg_id": self.msg_id, "execution_count": self.execution_count}
 
 
 @dataclass(frozen=True)
 class SandboxExit:
     """Why a sandbox died, with what is known of it. `str()` gives one sentence for a person.
 
-    `evidence`: `limit_mb` and `peak_mb` (out of memory), `limit_seconds` (time limit), `reason` (free text).
+    `evidence`: `limit_mb` and `peak_mb` (out of memory), `limit_seconds` (time limit, idle), `reason` (free text).
     """
 
     cause: ExitCause
@@ -36,6 +50,7 @@ class SandboxExit:
     signal: int | None = None
     evidence: dict[str, Any] = field(default_factory=dict)
     at: datetime = field(default_factory=lambda: datetime.now(UTC))
+    cell: CellReference | None = None  # that ran when it ended
 
     def __str__(self) -> str:
         match self.cause:
@@ -55,21 +70,31 @@ class SandboxExit:
                 return "The sandbox was killed or removed from outside."
             case ExitCause.EVICTED:
                 return "The session had been idle and gave its sandbox up: all places were taken and somebody waited."
+            case ExitCause.IDLE:
+                limit = self.evidence.get("limit_seconds")
+                unused = f"for {_duration(limit)}" if limit is not None else "for long"
+                return f"The session was not used {unused} and gave its sandbox up."
             case ExitCause.START_FAILED:
                 return f"The sandbox could not be started: {self.evidence.get('reason', 'no reason known')}"
             case ExitCause.GATEWAY:
+                reason = self.evidence.get("reason")
+                if reason is not None:
+                    return f"The gateway that held the sandbox was lost, and the next one did not find it: {reason}."
                 return "The gateway that held the sandbox has stopped."
+            case ExitCause.ENGINE:
+                return "The container engine stopped or was restarted, which ended the sandbox."
             case ExitCause.PROTOCOL:
                 return "The sandbox broke the protocol or stopped to answer, and was ended."
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the exit for a JSON answer: cause, exit_code, signal, evidence, at (ISO 8601), text."""
+        """Return the exit for a JSON answer: cause, exit_code, signal, evidence, at (ISO 8601), cell, text."""
         return {
             "cause": self.cause.value,
             "exit_code": self.exit_code,
             "signal": self.signal,
             "evidence": self.evidence,
             "at": self.at.isoformat(),
+            "cell": None if self.cell is None else self.cell.as_dict(),
             "text": str(self),
         }
 
@@ -78,6 +103,10 @@ class SandboxExit:
         if limit is None:
             return ""
         return f" (limit {limit} MB, peak {peak} MB)" if peak is not None else f" (limit {limit} MB)"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:g} minutes" if seconds >= 120 else f"{seconds:g} s"
 
 
 def _signal_name(number: int | None) -> str:

@@ -17,27 +17,30 @@ class Want:
     why: str
 
 
-def wanted(minimum: int, waiting: int, room: int) -> Want:
-    """Return how many unclaimed sandboxes to have: one for each of `waiting` claims and `minimum` beside them.
+def wanted(kept: Want, waiting: int, room: int, *, replaced: bool = False) -> Want:
+    """Return how many unclaimed sandboxes to have: one for each of `waiting` claims and those `kept` beside them.
 
-    `room` is how many unclaimed ones fit under the pool's `max`.
+    One more if one is `replaced`. `room` is how many unclaimed ones fit under the pool's `max`.
     """
-    count = waiting + minimum
-    why = f"{minimum} kept warm" if not waiting else f"{waiting} waiting and {minimum} kept warm"
+    count = waiting + kept.count + replaced
+    why = kept.why if not waiting else f"{waiting} waiting and {kept.why}"
+    if replaced:
+        why += ", and 1 to take the place of an old one"
     if count <= room:
         return Want(count, why)
     return Want(max(room, 0), f"{why}, but max leaves room for {max(room, 0)}")
 
 
-def starts_now(want: int, waiting: int, unclaimed: int, starting: int, concurrency: int) -> int:
+def starts_now(want: int, waiting: int, unclaimed: int, starting: int, concurrency: int, *, empty: bool = False) -> int:
     """Return how many to start now, where `starting` are under way and `concurrency` may be.
 
     What claims wait for takes all of it. Where nobody waits half of it does (at least one): cores that start spare
-    sandboxes are missing to those at work.
+    sandboxes are missing to those at work. With none warm or claimed (`empty`) nobody is.
     """
     for_line = max(0, min(min(want, waiting) - unclaimed, concurrency - starting))
     missing = want - unclaimed - for_line
-    spare = max(0, min(missing, refill_concurrency(concurrency) - starting - for_line))
+    at_once = concurrency if empty and not waiting else refill_concurrency(concurrency)
+    spare = max(0, min(missing, at_once - starting - for_line))
     return for_line + spare
 
 

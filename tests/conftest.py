@@ -102,6 +102,8 @@ def _needs_service(item: pytest.Item) -> bool:
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     """End a test that hangs, with a traceback of where it hung."""
     limit = SERVICE_LIMIT if _needs_service(item) else UNIT_LIMIT
+    if own := item.get_closest_marker("limit"):
+        limit = own.args[0]
 
     def expired(signum: int, frame: FrameType | None) -> None:
         pytest.fail(f"the test ran longer than {limit:g} s")

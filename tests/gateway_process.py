@@ -44,6 +44,8 @@ class GatewayProcess:
     settings: dict[str, str] = field(default_factory=dict)
     arguments: list[str] = field(default_factory=list)
     key: str = KEY
+    #: a program that starts it, with its arguments
+    starter: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.port = free_port()
@@ -74,7 +76,7 @@ class GatewayProcess:
         """Start it and wait until it is healthy. Raises AssertionError with its log where it does not get there."""
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "gateway.cli", "serve", *self.arguments],
+                [*self.starter, sys.executable, "-m", "gateway.cli", "serve", *self.arguments],
                 env=self.environment,
                 cwd=self.directory,
                 stdout=log,

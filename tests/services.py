@@ -88,13 +88,17 @@ def install_programs() -> None:
 
 
 class Engine:
-    """An own `dockerd`: its images are kept in .cache between runs, everything else ends with it."""
+    """An own `dockerd`: its images are kept in .cache between runs, everything else ends with it.
 
-    def __init__(self) -> None:
+    One with a `name` of its own may be killed and restarted: no other test uses it.
+    """
+
+    def __init__(self, name: str = "engine") -> None:
         # Socket paths are limited to 107 bytes, a checkout's path is not: what has sockets lives in a short directory.
-        name = hashlib.sha256(str(ROOT).encode()).hexdigest()[:8]
-        self.directory = Path(tempfile.gettempdir()) / f"samovar-engine-{name}"
+        checkout = hashlib.sha256(str(ROOT).encode()).hexdigest()[:8]
+        self.directory = Path(tempfile.gettempdir()) / f"samovar-{name}-{checkout}"
         self.url = f"unix://{self.directory}/docker.sock"
+        self._name = name
         self._lock: IO[str] | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -102,7 +106,7 @@ class Engine:
         """Start the engine and wait until it answers. Raises ServiceMissing with the end of its log."""
         install_programs()
         CACHE.mkdir(exist_ok=True)
-        self._lock = (CACHE / "engine.lock").open("w")
+        self._lock = (CACHE / f"{self._name}.lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -110,15 +114,24 @@ class Engine:
             fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._end_leftover()
         _private_directory(self.directory)
-        log = CACHE / "engine.log"
         say("starting an own container engine")
-        with log.open("wb") as output:
+        try:
+            self.start_again()
+        except ServiceMissing:
+            self.stop()
+            raise
+
+    def start_again(self) -> None:
+        """Start the program, the first time or after its end; returns when it answers. Raises ServiceMissing."""
+        self._forget_containerd()
+        log = CACHE / f"{self._name}.log"
+        with log.open("ab" if self._process is not None else "wb") as output:
             self._process = subprocess.Popen(
                 [
                     "dockerd",
                     "--iptables=false",
                     "--bridge=none",
-                    f"--data-root={CACHE / 'engine'}",
+                    f"--data-root={CACHE / self._name}",
                     f"--exec-root={self.directory / 'exec'}",
                     f"--host={self.url}",
                     f"--pidfile={self.directory / 'pid'}",
@@ -133,13 +146,39 @@ class Engine:
         while not answers(self.url):
             if self._process.poll() is not None or time.monotonic() > deadline:
                 tail = log.read_text(errors="replace")[-2000:]
-                self.stop()
                 raise ServiceMissing(f"the container engine did not start; its log ends with:\n{tail}")
             time.sleep(0.1)
+
+    def _forget_containerd(self) -> None:
+        """Wait for the end of a killed engine's containerd; else the new engine would wait for it in vain."""
+        noted = self.directory / "exec" / "containerd" / "containerd.pid"
+        deadline = time.monotonic() + STOP_TIMEOUT
+        with contextlib.suppress(OSError):
+            program = Path("/proc") / noted.read_text() / "cmdline"
+            while str(self.directory).encode() in program.read_bytes() and time.monotonic() < deadline:
+                time.sleep(0.05)
+        noted.unlink(missing_ok=True)
+
+    def kill(self) -> None:
+        """End the program at once, as a crash does; its containers go on until it starts again."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait(STOP_TIMEOUT)
+
+    def restart(self) -> None:
+        """End the program in order and start it again, as an operator does. Raises ServiceMissing."""
+        assert self._process is not None
+        self._process.terminate()
+        self._process.wait(STOP_TIMEOUT)
+        self.start_again()
 
     def stop(self) -> None:
         """Remove all containers, end the engine and what it started, and reap it. Idempotent."""
         if self._process is not None:
+            if self._process.returncode == -signal.SIGKILL:
+                # Its containers outlived it.
+                with contextlib.suppress(ServiceMissing):
+                    self.start_again()
             if self._process.poll() is None:
                 remove_containers(self.url)
                 self._process.terminate()
@@ -150,6 +189,9 @@ class Engine:
                     os.killpg(self._process.pid, signal.SIGKILL)
                     self._process.wait()
             self._process = None
+            # A killed engine's mount of its own data is never undone by the next one.
+            while os.path.ismount(CACHE / self._name):
+                subprocess.run(["umount", str(CACHE / self._name)], check=True)
         if self.directory.exists():
             shutil.rmtree(self.directory)
         if self._lock is not None:
@@ -171,6 +213,18 @@ class Engine:
         deadline = time.monotonic() + STOP_TIMEOUT
         while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
             time.sleep(0.1)
+
+
+def copy_image(source: str, target: str, name: str = "samovar/python:latest") -> None:
+    """Bring a container image from one engine into another one, unless it has the same there already."""
+    with contextlib.closing(docker.DockerClient(base_url=source, timeout=300)) as giver:
+        image = giver.images.get(name)
+        with contextlib.closing(docker.DockerClient(base_url=target, timeout=300)) as taker:
+            with contextlib.suppress(docker.errors.ImageNotFound):
+                if taker.images.get(name).id == image.id:
+                    return
+            say(f"copying {name} into another engine")
+            taker.images.load(image.save(named=name))
 
 
 def remove_containers(url: str) -> None:

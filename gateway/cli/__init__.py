@@ -12,6 +12,10 @@ from gateway import __version__
 COMMANDS = {
     "serve": ("gateway.cli.serve", "keep sandboxes warm and serve them by HTTP and to Jupyter clients"),
     "run": ("gateway.cli.run", "execute a notebook in a sandbox"),
+    "ps": ("gateway.cli.ps", "list the sandboxes: state, age, session, memory, CPU"),
+    "doctor": ("gateway.cli.doctor", "find what is wrong, and say how to mend it"),
+    "logs": ("gateway.cli.logs", "read the gateway's log"),
+    "reap": ("gateway.cli.reap", "remove what dead owners left behind"),
     "images": ("gateway.cli.images", "build, list and verify kernel images"),
     "kernelspec": ("gateway.cli.kernelspec", "install the `sandbox` kernel for Jupyter"),
 }

@@ -11,6 +11,7 @@ from typing import Any
 import docker
 
 from gateway.cli.configuration import add_option, configured
+from gateway.cli.terminal import table
 from gateway.errors import ExitCode, StartError
 from kernelprovisioner.build_error import BuildError
 from kernelprovisioner.image_builder import ImageBuilder
@@ -84,9 +85,7 @@ def _list(arguments: argparse.Namespace, images: list[KernelImage], builder: Ima
             state = "up to date" if built.current else "outdated"
             size = f"{built.size / 1e6:.0f} MB"
             rows.append((image.name, image.language, state, size, built.base or "-", built.created[:19]))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(table(rows))
     return 0
 
 

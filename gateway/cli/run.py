@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import re
 import signal
 import sys
 import tempfile
@@ -20,15 +19,13 @@ from nbclient.exceptions import CellExecutionError
 from tqdm import tqdm
 
 from gateway.cli.configuration import add_option, configured
+from gateway.cli.terminal import harmless
 from gateway.errors import ExitCode, StartError
 from kernelprovisioner.launchers.base import LaunchError
 
 KERNEL_NAME = "sandbox"
 _CELL_FAILED = 1
 _INTERRUPTED = 130
-
-# Colours may pass to the terminal; what moves its cursor or talks to it may not.
-_UNSAFE = re.compile(r"\x1b(?!\[[0-9;]*m)|[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f]")
 
 
 class RunError(Exception):
@@ -95,7 +92,7 @@ class NotebookRun(NotebookClient):
         self._bar.update()
         for output in cell.outputs:
             if text := _as_text(output):
-                tqdm.write(_UNSAFE.sub("\N{REPLACEMENT CHARACTER}", text), file=sys.stdout, end="")
+                tqdm.write(harmless(text), file=sys.stdout, end="")
         sys.stdout.flush()
 
 
@@ -127,7 +124,7 @@ def _run(path: Path, output: Path | None, environment: Mapping[str, str]) -> int
         asyncio.run(NotebookRun(notebook, path.resolve().parent).run())
         code = 0
     except CellExecutionError as error:
-        print(f"samovar run: a cell of {path} failed:\n{_UNSAFE.sub('', str(error))}", file=sys.stderr)
+        print(f"samovar run: a cell of {path} failed:\n{harmless(str(error), '')}", file=sys.stderr)
         code = _CELL_FAILED
     except (Interrupted, KeyboardInterrupt):
         print("samovar run: interrupted.", file=sys.stderr)

@@ -16,10 +16,12 @@ from tornado.web import HTTPError, RequestHandler, stream_request_body
 
 from gateway.answers import Answers
 from gateway.auth import KeyCheck
+from gateway.cancellation import Cancelled
 from gateway.errors import Detail, RequestError, exec_body, from_validation, problem_body
 from gateway.health import Health
+from gateway.idempotency import HEADER, KeyedCalls, Run, keyed_call
 from gateway.outputs import to_json
-from gateway.sessions import Cancelled, SessionRegistry
+from gateway.sessions import SessionRegistry
 from kernelprovisioner.images import KernelImage
 from kernelprovisioner.pool import SandboxPool
 
@@ -36,6 +38,7 @@ class Services:
     pools: dict[str, SandboxPool]
     images: dict[str, KernelImage]
     health: Health
+    keyed: KeyedCalls
     max_execution_time: float
     local_monitoring: bool
     answers: Answers = field(default_factory=Answers)
@@ -129,6 +132,15 @@ class BaseHandler(RequestHandler):
             raise RequestError(
                 HTTPStatus.BAD_REQUEST, "invalid_json", text, details=[Detail("", text, "json")]
             ) from None
+
+    async def run_cell(self, kind: str, request: msgspec.Struct, run: Run) -> None:
+        """Answer with what `run` returns; with an Idempotency-Key it runs once, however often the request comes."""
+        keyed = self.services.keyed
+        call = keyed_call(self.owner, self.request.headers.get(HEADER), kind, request)
+        if call is None:
+            self.answer(keyed.shapes[kind](await run(self.hung_up, None)))
+        else:
+            self.answer(msgspec.Raw(await keyed.answer(call, run, self.hung_up)))
 
     def answer(self, value: object, status: HTTPStatus = HTTPStatus.OK) -> None:
         """Finish with `value` as JSON."""

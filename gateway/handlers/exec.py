@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Annotated, Any
 
@@ -10,7 +11,8 @@ import msgspec
 from gateway.errors import invalid_field
 from gateway.execution import Cell, CellResult, Status
 from gateway.handlers.base import LANGUAGES, ExecFamilyHandler, Services
-from gateway.sessions import Execution, Session
+from gateway.idempotency import EXEC
+from gateway.session import Execution, Sending, Session
 from kernelprovisioner.images import KernelImage
 
 _MAX_ARGS = 1000
@@ -50,15 +52,19 @@ class ExecHandler(ExecFamilyHandler):
         if request.files:
             raise invalid_field("files[0].id", f"no file {request.files[0].id!r} is known", "not_found")
         image = _image(self.services, request.lang)
-        sessions = self.services.sessions
-        session = sessions.resolve(
-            owner, session_id=request.session_id, user_id=request.user_id, entity_id=request.entity_id
-        )
-        if session is None or session.image != image.name:
-            session = sessions.add(Session(owner, image.name, request.user_id, request.entity_id))
         cell = Cell(request.code, self.services.max_execution_time, argv=arguments(request.args))
-        execution = await sessions.execute(session, cell, self.hung_up)
-        self.answer(exec_answer(execution))
+        sessions = self.services.sessions
+
+        async def run(cancelled: asyncio.Future[None], sending: Sending | None) -> Execution:
+            session = sessions.resolve(
+                owner, session_id=request.session_id, user_id=request.user_id, entity_id=request.entity_id
+            )
+            if session is None or session.image != image.name:
+                named = request.session_id is not None
+                session = sessions.add(Session(owner, image.name, request.user_id, request.entity_id, named=named))
+            return await sessions.execute(session, cell, cancelled, sending)
+
+        await self.run_cell(EXEC, request, run)
 
 
 def arguments(args: Any) -> list[str]:
@@ -101,6 +107,9 @@ def exit_cause(result: CellResult) -> dict[str, Any] | None:
         "text": note.text,
         "exit_code": ended.exit_code if ended is not None else None,
         "signal": ended.signal if ended is not None else None,
+        "evidence": ended.evidence if ended is not None else {},
+        "at": ended.at.isoformat() if ended is not None else None,
+        "cell": ended.cell.as_dict() if ended is not None and ended.cell is not None else None,
         "session_lost": ended is not None,
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from http import HTTPStatus
 from typing import Annotated, Any
@@ -12,7 +13,8 @@ from gateway.errors import Detail, RequestError, invalid_field
 from gateway.execution import Cell
 from gateway.handlers.base import BaseHandler, Services
 from gateway.handlers.exec import exit_cause
-from gateway.sessions import Execution, Session
+from gateway.idempotency import EXECUTE
+from gateway.session import Execution, Sending, Session
 from kernelprovisioner.environment import allowed_in, denied
 from kernelprovisioner.images import KernelImage
 
@@ -49,14 +51,18 @@ class ExecuteHandler(BaseHandler):
         longest = self.services.max_execution_time
         if request.timeout is not None and request.timeout > longest:
             raise invalid_field("timeout", f"is more than this server's limit of {longest:g} s")
-        session = self._session(owner, request)
         cell = Cell(
             request.code,
             request.timeout or longest,
             store_history=request.store_history,
             stop_on_error=request.stop_on_error,
         )
-        self.answer(execute_answer(await self.services.sessions.execute(session, cell, self.hung_up)))
+
+        async def run(cancelled: asyncio.Future[None], sending: Sending | None) -> Execution:
+            session = self._session(owner, request)
+            return await self.services.sessions.execute(session, cell, cancelled, sending)
+
+        await self.run_cell(EXECUTE, request, run)
 
     def _session(self, owner: str, request: ExecuteRequest) -> Session:
         image = _image(self.services, request)

@@ -7,7 +7,7 @@ from typing import Any
 
 from gateway.errors import RequestError
 from gateway.handlers.base import BaseHandler
-from gateway.sessions import Session
+from gateway.session import Session
 
 
 class SessionsHandler(BaseHandler):

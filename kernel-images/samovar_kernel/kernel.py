@@ -15,8 +15,11 @@ from ipykernel.ipkernel import IPythonKernel
 
 from samovar_kernel.claim import Claim, ClaimRefused, requested_key
 from samovar_kernel.publisher import Publisher
+from samovar_kernel.rehearsal import rehearse
 
 _INTERRUPT = "raise KeyboardInterrupt"
+# They have no busy and idle: nobody's notebook shows them, and a claim's would be signed with two different keys.
+_SILENT_REQUESTS = ("samovar_claim_request", "samovar_probe_request")
 
 
 class SandboxKernel(IPythonKernel):
@@ -29,6 +32,9 @@ class SandboxKernel(IPythonKernel):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.control_handlers["samovar_claim_request"] = self.samovar_claim_request
+        self.control_handlers["samovar_probe_request"] = self.samovar_probe_request
+        # the cells that run, each by its msg_id: more than one where there are subshells
+        self._running: dict[str, None] = {}
         self._claim: Claim | None = None
         self._notice: str | None = None
         self._hold: float = 0.0
@@ -65,9 +71,24 @@ class SandboxKernel(IPythonKernel):
         session.key = claim.key
         session.send(stream, "samovar_claim_reply", {"status": "ok"}, parent, ident)
 
+    async def samovar_probe_request(self, stream: Any, ident: Any, parent: dict[str, Any]) -> None:
+        """Say which cell runs. A kernel that nobody has claimed yet is kept from going cold."""
+        session, shell = self.session, self.shell
+        if session is None or shell is None:
+            return
+        running = next(iter(self._running.copy()), None)
+        content = {"status": "ok", "running": running, "execution_count": shell.execution_count}
+        session.send(stream, "samovar_probe_reply", content, parent, ident)
+        if self._claim is None:
+            # in the thread that will run the cells, after the answer: a claim that comes now waits for nothing
+            self.io_loop.add_callback(self._keep_warm)
+
+    def _keep_warm(self) -> None:
+        if self._claim is None and not self._running:
+            rehearse(self.shell)
+
     def _publish_status(self, status: str, channel: str, parent: dict[str, Any] | None = None) -> None:
-        # a claim has no busy and idle: they would be signed with two different keys
-        if channel == "control" and self.get_parent("control").get("msg_type") == "samovar_claim_request":
+        if channel == "control" and self.get_parent("control").get("msg_type") in _SILENT_REQUESTS:
             return
         super()._publish_status(status, channel, parent)
 
@@ -100,16 +121,17 @@ class SandboxKernel(IPythonKernel):
             self._interrupted_early = False
             signal.signal(signal.SIGINT, self._note_interrupt)
             self.iopub_thread.user_code = False
-        argv = _cell_arguments(parent)
-        if argv is None:
-            await super().execute_request(stream, ident, parent)
-            return
-        previous = sys.argv
-        sys.argv = [*previous[:1], *argv]
+        msg_id = str(parent["header"].get("msg_id"))
+        argv, previous = _cell_arguments(parent), sys.argv
+        self._running[msg_id] = None
         try:
+            if argv is not None:
+                sys.argv = [*previous[:1], *argv]
             await super().execute_request(stream, ident, parent)
         finally:
-            sys.argv = previous
+            self._running.pop(msg_id, None)
+            if argv is not None:
+                sys.argv = previous
 
     async def do_execute(self, code: str, silent: bool, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Run a cell's code. All it printed is queued, in order, when this returns."""

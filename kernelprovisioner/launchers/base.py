@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kernelprovisioner.images import KernelImage
+from kernelprovisioner.runtime import OwnerDirectory
 from kernelprovisioner.sandbox_exit import SandboxExit
 
 
@@ -59,7 +60,7 @@ class Launched:
     channels: dict[str, Endpoint]
     transport: str = "ipc"
     isolated: bool = True
-    template: str | None = None  # what the container image was built from; None where that is not known
+    template: str | None = None  # hash of image and settings that it was launched with; None where that is not known
 
 
 ExitCallback = Callable[[str, SandboxExit], None]
@@ -73,10 +74,42 @@ class Launcher(abc.ABC):
     """Makes and destroys sandboxes. All methods may be called concurrently; none blocks the loop."""
 
     name: str
+    #: called on the loop when the engine answers again after it was away
+    on_back: Callable[[], None] | None = None
+
+    @property
+    @abc.abstractmethod
+    def owner(self) -> OwnerDirectory:
+        """The owner directory, from `start()` to `stop()`. Raises RuntimeError before and after."""
+
+    @property
+    def available(self) -> bool:
+        """Whether sandboxes can be started, as far as is known: the engine answered last time."""
+        return True
 
     @abc.abstractmethod
-    async def start(self, on_exit: ExitCallback) -> None:
-        """Connect, reap what dead owners left, begin to watch for exits. Raises EngineUnavailable."""
+    async def start(self, on_exit: ExitCallback, *, resume: bool = False) -> None:
+        """Connect, reap what dead owners left, begin to watch for exits. Raises EngineUnavailable.
+
+        With `resume` our owner directory is marked as a gateway's, and is that of a gateway that died, where there is
+        one: what it left stays until `adopt()` or `settle()`.
+        """
+
+    @abc.abstractmethod
+    async def adopt(self, launched: Launched) -> None:
+        """Take over a sandbox of the owner that we continue. Raises LaunchError where it does not run any more."""
+
+    @abc.abstractmethod
+    async def discard(self, sandbox_id: str) -> None:
+        """Remove what is left of one sandbox, adopted or not; what cannot be removed yet is tried again later."""
+
+    @abc.abstractmethod
+    async def settle(self) -> None:
+        """After `start(resume=True)`: remove everything of our owner that was neither launched nor adopted by us."""
+
+    @abc.abstractmethod
+    async def template(self, image: KernelImage) -> str | None:
+        """Return the template that a launch would carry now; None where that cannot be told (no image, no engine)."""
 
     @abc.abstractmethod
     async def launch(self, request: LaunchRequest) -> Launched:
@@ -105,8 +138,9 @@ class Launcher(abc.ABC):
         """
 
     @abc.abstractmethod
-    async def stop(self, give_up: asyncio.Event | None = None) -> list[str]:
+    async def stop(self, give_up: asyncio.Event | None = None, *, keep: bool = False) -> list[str]:
         """Remove what is left, stop watching and release all that start() took.
 
         Once `give_up` is set no removal is waited for. Returns the sandboxes that stay; the next start reaps them.
+        With `keep` nothing is removed: all sandboxes stay for a gateway that continues as this owner.
         """

@@ -45,6 +45,8 @@ class ConfigurableLauncher(Launcher, LoggingConfigurable, metaclass=LauncherMeta
         super().__init__(**kwargs)
         self.runtime = runtime
         self._owner: OwnerDirectory | None = None
+        #: whether our owner directory still holds what a dead gateway left
+        self._unsettled = False
 
     @property
     def owner(self) -> OwnerDirectory:
@@ -52,6 +54,48 @@ class ConfigurableLauncher(Launcher, LoggingConfigurable, metaclass=LauncherMeta
         if self._owner is None:
             raise RuntimeError(f"the {self.name} launcher is not started")
         return self._owner
+
+    def _take_owner(self, kind: str, resume: bool) -> list[OwnerDirectory]:
+        """Make our owner directory, or continue as a dead gateway. Return the dead owners of our kind, to be reaped.
+
+        Blocks. Raises LaunchError.
+        """
+        with runtime_errors_as_launch_errors():
+            return self._took_owner(kind, resume)
+
+    def _took_owner(self, kind: str, resume: bool) -> list[OwnerDirectory]:
+        dead: list[OwnerDirectory] = []
+        for owner in self.runtime.dead_owners(gateways=resume):
+            # What another engine's owner left cannot be seen from here.
+            if owner.read_kind() in (kind, None):
+                dead.append(owner)
+            else:
+                owner.release()
+        gateways = [owner for owner in dead if resume and owner.is_gateways and owner.read_kind() == kind]
+        if gateways:
+            # Nothing is written: a full disk must not keep a gateway from what is there already.
+            self._owner = max(gateways, key=lambda owner: owner.path.stat().st_mtime)
+            self._owner.continue_as_gateway()
+            self._unsettled = True
+            dead.remove(self._owner)
+            return dead
+        self._owner = self.runtime.owner_directory()
+        self._owner.write_kind(kind)
+        if resume:
+            self._owner.mark_gateway()
+        return dead
+
+    def _give_owner_up(self, keep: bool) -> None:
+        """Remove our owner directory; with `keep`, or while a dead gateway's things are in it, leave it. Blocks."""
+        if self._owner is None:
+            return
+        if keep or self._unsettled:
+            self._owner.release()
+        else:
+            # A holder that was killed leaves its link.
+            self.runtime.remove_links_into(self._owner)
+            self._owner.close()
+        self._owner = None
 
 
 def ipc_endpoints(directory: Path) -> tuple[dict[str, Endpoint], Endpoint]:
@@ -69,8 +113,10 @@ def thread_variables(image: KernelImage) -> dict[str, str]:
 
 @contextlib.contextmanager
 def runtime_errors_as_launch_errors() -> Iterator[None]:
-    """Turn what is wrong with the runtime directory into a LaunchError."""
+    """Turn what is wrong with the runtime directory into a LaunchError, a full disk included."""
     try:
         yield
     except RuntimeDirectoryError as error:
         raise LaunchError(str(error)) from error
+    except OSError as error:
+        raise LaunchError(f"the runtime directory cannot be used: {error}") from error

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,22 @@ class ContainerSpec:
             log_config=LogConfig(type=LogConfig.types.JSON, config={"max-size": _LOG_SIZE, "max-file": "1"}),
             restart_policy={"Name": "no"},
         )
+
+    def template(self, version: str) -> str:
+        """Return a hash of all that a sandbox is made from: image, limits, settings; not of what is its own."""
+        plain = replace(
+            self,
+            sandbox_id="",
+            labels={},
+            directory=Path("/"),
+            key="",
+            token="",
+            network=self.network and "network",
+            mount=None,
+            mount_gid=None,
+        )
+        made_from = json.dumps([plain.create_arguments(), plain.host_config(version)], sort_keys=True)
+        return hashlib.sha256(made_from.encode()).hexdigest()[:16]
 
     def environment(self) -> dict[str, str]:
         """Return the container's whole environment beside the image's own: nothing comes from the launcher's."""

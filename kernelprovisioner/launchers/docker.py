@@ -5,64 +5,42 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import logging
 import os
-import secrets
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from traitlets import Enum, Integer, Unicode, default
 
-from kernelprovisioner.images import LABEL_IMAGE, LABEL_TEMPLATE, ImageError, KernelImage, seccomp_profile
-from kernelprovisioner.launchers.base import (
-    Endpoint,
-    EngineUnavailable,
-    ExitCallback,
-    Launched,
-    LaunchError,
-    LaunchRequest,
-)
-from kernelprovisioner.launchers.configurable import (
-    CHANNELS,
-    ConfigurableLauncher,
-    ipc_endpoints,
-    runtime_errors_as_launch_errors,
-)
-from kernelprovisioner.launchers.container_spec import (
-    LABEL_BOOT,
-    LABEL_MANAGED,
-    LABEL_MANAGED_ALIAS,
-    LABEL_OWNER,
-    LABEL_SANDBOX,
-    TCP_PORTS,
-    WORK_DIRECTORY,
-    ContainerSpec,
-    mount_group,
-)
-from kernelprovisioner.launchers.docker_engine import (
-    ENGINE_ERRORS,
-    Engine,
-    boot_label,
-    engine_url,
-    explain,
-    new_client,
-)
+from kernelprovisioner.images import ImageError, KernelImage
+from kernelprovisioner.launchers.base import EngineUnavailable, ExitCallback, Launched, LaunchError, LaunchRequest
+from kernelprovisioner.launchers.configurable import ConfigurableLauncher
+from kernelprovisioner.launchers.container_spec import LABEL_OWNER, LABEL_SANDBOX
+from kernelprovisioner.launchers.docker_engine import ENGINE_ERRORS, Engine, engine_url, explain, new_client
 from kernelprovisioner.launchers.docker_events import Event, EventWatch
+from kernelprovisioner.launchers.docker_maker import ContainerMaker
+from kernelprovisioner.launchers.engine_state import SLOW_SECONDS, EngineState
 from kernelprovisioner.launchers.exits import Evidence
 from kernelprovisioner.patience import all_done, end
-from kernelprovisioner.runtime import RuntimeRoot
+from kernelprovisioner.runtime import OwnerDirectory, RuntimeRoot
 from kernelprovisioner.sandbox_exit import ExitCause
 from kernelprovisioner.traits import FiniteFloat
 
 #: how long the engine's other events may come after the `die` of a killed container
 _EVIDENCE_SECONDS = 0.5
+#: how long an engine may take to say that it is there, while somebody waits for the cause of a death
+_GOING_SECONDS = 1.0
 #: events may get lost, so that the engine's list is compared at least this often
 _RECONCILE_SECONDS = 30.0
 _RETRY_PAUSE = 0.5
+#: what an engine has not removed by then goes on being removed behind a gateway that starts
+_SETTLE_SECONDS = 10.0
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -70,7 +48,7 @@ class _Container:
     """What is known of one container between its launch and its confirmed removal."""
 
     sandbox_id: str
-    image: KernelImage
+    image: KernelImage | None = None
     launched: Launched | None = None
     launched_at: float = 0.0
     evidence: Evidence = field(default_factory=Evidence)
@@ -111,22 +89,40 @@ class DockerLauncher(ConfigurableLauncher):
         self._engine: Engine | None = None
         self._threads: ThreadPoolExecutor | None = None
         self._watch: EventWatch | None = None
+        #: dead owners whose things are removed when what we continue is safe
+        self._dead: list[OwnerDirectory] = []
         self._reconciling: asyncio.Task[None] | None = None
-        self._network: str | None = None
+        self._maker: ContainerMaker | None = None
+        self._state = EngineState()
 
-    async def start(self, on_exit: ExitCallback) -> None:
+    @property
+    def available(self) -> bool:
+        return self._state.available
+
+    @property
+    def trouble(self) -> str | None:
+        """What is wrong with the engine, as far as its calls and events tell: one sentence, None where nothing is."""
+        now = time.monotonic()
+        if self._state.away_since is not None:
+            seconds = now - self._state.away_since
+            return f"the container engine at {self.docker_url} is away since {seconds:.0f} s: {self._state.reason}"
+        waiting = self._state.waiting(now)
+        if waiting > SLOW_SECONDS:
+            return f"the container engine at {self.docker_url} is slow: a call has waited for {waiting:.0f} s"
+        return None
+
+    async def start(self, on_exit: ExitCallback, *, resume: bool = False) -> None:
         self._on_exit = on_exit
         self._threads = ThreadPoolExecutor(self.engine_threads, "samovar-engine")
         try:
             self._engine = await self._call(Engine.connect, self.docker_url, self.engine_timeout)
-            with runtime_errors_as_launch_errors():
-                self._owner = await self._call(self.runtime.owner_directory)
-            await self._call(self._prepare)
+            await self._call(self._prepare, resume)
             self._watch = EventWatch(
                 lambda: new_client(self.docker_url, self.engine_timeout),
                 f"{LABEL_OWNER}={self.owner.path}",
                 self._event,
-                self._look_again.set,
+                self._connected,
+                self._lost,
             )
             await self._watch.start(self.engine_timeout)
             self._reconciling = asyncio.create_task(self._keep_reconciled(), name="reconcile containers")
@@ -137,6 +133,64 @@ class DockerLauncher(ConfigurableLauncher):
             if isinstance(error, ENGINE_ERRORS):
                 raise EngineUnavailable(f"the container engine at {self.docker_url} fails: {explain(error)}") from error
             raise
+
+    async def adopt(self, launched: Launched) -> None:
+        sandbox_id = launched.sandbox_id
+        if sandbox_id in self._containers:
+            raise ValueError(f"sandbox {sandbox_id} is known already")
+        # Known before it is looked at, so that no event of its end is missed in between.
+        container = _Container(sandbox_id, launched.image, launched, asyncio.get_running_loop().time())
+        self._containers[sandbox_id] = container
+        try:
+            state = await self._call(self._engine_now().state, sandbox_id)
+            if state.get("Status") != "running":
+                raise LaunchError(f"sandbox {sandbox_id} is gone: {_how_it_ended(state)}")
+        except ENGINE_ERRORS as error:
+            del self._containers[sandbox_id]
+            raise LaunchError(f"the engine does not tell about sandbox {sandbox_id}: {explain(error)}") from error
+        except BaseException:
+            del self._containers[sandbox_id]
+            raise
+
+    async def discard(self, sandbox_id: str) -> None:
+        container = self._containers.setdefault(sandbox_id, _Container(sandbox_id))
+        try:
+            await asyncio.shield(self._removal(container))
+        except LaunchError as error:
+            _log.warning("%s; it is tried again", error)
+
+    async def settle(self) -> None:
+        self._unsettled = False
+        dead, self._dead = self._dead, []
+        if dead:
+            self._own(self._reap_later(dead))
+        try:
+            unknown = await self._unknown()
+        except ENGINE_ERRORS as error:
+            _log.warning("what an earlier gateway left is removed later: %s", explain(error))
+            self._look_again.set()
+            return
+        for sandbox_id in unknown:
+            self._own(self.discard(sandbox_id))
+        removals = [each.removal for each in self._containers.values() if each.removal is not None]
+        if self._tasks or removals:
+            await asyncio.wait([*self._tasks, *removals], timeout=_SETTLE_SECONDS)
+
+    async def _reap_later(self, dead: list[OwnerDirectory]) -> None:
+        try:
+            await self._call(self._reap, dead)
+        except ENGINE_ERRORS as error:
+            _log.warning("what dead owners left is removed by the next start: %s", explain(error))
+        finally:
+            for owner in dead:
+                owner.release()
+
+    async def template(self, image: KernelImage) -> str | None:
+        try:
+            return await self._call(self._maker_now().template, image)
+        except (LaunchError, ImageError, *ENGINE_ERRORS) as error:
+            _log.debug("no template of %s: %s", image.name, explain(error))
+            return None
 
     async def launch(self, request: LaunchRequest) -> Launched:
         if request.sandbox_id in self._containers:
@@ -151,7 +205,11 @@ class DockerLauncher(ConfigurableLauncher):
             self._own(self._remove_when_made(making, container))
             raise
         except BaseException:
-            del self._containers[request.sandbox_id]
+            if request.sandbox_id in await self._call(self.owner.sandbox_ids):
+                # The engine went away in between, and may have made the container all the same.
+                self._own(self._removed_or_left(container))
+            else:
+                del self._containers[request.sandbox_id]
             raise
         container.launched_at = asyncio.get_running_loop().time()
         if container.evidence.ended:
@@ -167,7 +225,7 @@ class DockerLauncher(ConfigurableLauncher):
             await self._call(self._engine_now().give_full_share, launched.runtime_id)
         except ENGINE_ERRORS as error:
             # One that is just dying: its exit is told by the events.
-            self.log.debug("sandbox %s keeps its low share of CPU: %s", launched.sandbox_id, explain(error))
+            _log.debug("sandbox %s keeps its low share of CPU: %s", launched.sandbox_id, explain(error))
 
     async def destroy(self, launched: Launched) -> None:
         container = self._containers.get(launched.sandbox_id)
@@ -178,7 +236,7 @@ class DockerLauncher(ConfigurableLauncher):
         container = self._containers.get(launched.sandbox_id)
         return container is not None and time.monotonic() - container.evidence.oom_at <= within
 
-    async def stop(self, give_up: asyncio.Event | None = None) -> list[str]:
+    async def stop(self, give_up: asyncio.Event | None = None, *, keep: bool = False) -> list[str]:
         if self._reconciling is not None:
             self._reconciling.cancel()
             await asyncio.gather(self._reconciling, return_exceptions=True)
@@ -186,16 +244,17 @@ class DockerLauncher(ConfigurableLauncher):
         while self._tasks and await all_done(self._tasks, give_up):
             pass
         for container in list(self._containers.values()):
-            self._own(self._removed_or_left(container))
+            if not keep or container.removal is not None:
+                self._own(self._removed_or_left(container))
         if self._watch is not None:
             self._own(self._stop_watching(self._watch))
             self._watch = None
         await all_done(self._tasks, give_up)
         if self._engine is not None:
-            if self._network is not None:
-                self._own(self._remove_network(self._engine, self._network))
+            if self._maker is not None and self._maker.network is not None and not keep:
+                self._own(self._remove_network(self._engine, self._maker.network))
                 await all_done(self._tasks, give_up)
-                self._network = None
+            self._maker = None
             self._engine.close()
             self._engine = None
         left = sorted(self._containers)
@@ -203,13 +262,10 @@ class DockerLauncher(ConfigurableLauncher):
             if container.removal is not None:
                 container.removal.cancel()
         await end(self._tasks)
-        if self._owner is not None:
-            # Containers that could not be removed need their owner's directory, so that somebody else reaps them.
-            if left:
-                self._owner.release()
-            else:
-                await asyncio.to_thread(self._owner.close)
-            self._owner = None
+        # Containers that could not be removed need their owner's directory, so that somebody else reaps them.
+        for owner in self._dead:
+            owner.release()
+        await asyncio.to_thread(self._give_owner_up, keep or bool(left))
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)
             self._threads = None
@@ -221,113 +277,74 @@ class DockerLauncher(ConfigurableLauncher):
         """Run a blocking function in one of our bounded threads."""
         if self._threads is None:
             raise RuntimeError("the docker launcher is not started")
-        return await asyncio.get_running_loop().run_in_executor(self._threads, functools.partial(function, *arguments))
+        return await asyncio.get_running_loop().run_in_executor(
+            self._threads, functools.partial(self._timed, function, *arguments)
+        )
+
+    def _timed(self, function: Callable[..., T], *arguments: Any) -> T:
+        """From when a thread has it: one that waits for a thread says nothing of the engine."""
+        self._state.began(time.monotonic())
+        try:
+            return function(*arguments)
+        finally:
+            took = self._state.ended(time.monotonic())
+            if took is not None:
+                _log.warning("the container engine at %s is slow: a call took %.1f s", self.docker_url, took)
 
     def _engine_now(self) -> Engine:
         if self._engine is None:
             raise RuntimeError("the docker launcher is not started")
         return self._engine
 
-    def _prepare(self) -> None:
-        """Reap what dead owners left in this engine, and make the network where one is needed."""
+    def _maker_now(self) -> ContainerMaker:
+        if self._maker is None:
+            raise RuntimeError("the docker launcher is not started")
+        return self._maker
+
+    def _prepare(self, resume: bool) -> None:
+        """Take an owner directory, reap what dead owners left in this engine, make the network where one is needed."""
         engine = self._engine_now()
-        kind = f"docker {engine.id}"
-        self.owner.write_kind(kind)
-        dead = []
-        for owner in self.runtime.dead_owners():
-            # The containers of another engine's owner cannot be seen from here.
-            if owner.read_kind() in (kind, None):
-                dead.append(owner)
-            else:
-                owner.release()
-        removed, failed = engine.reap(dead)
+        dead = self._take_owner(f"docker {engine.id}", resume)
+        if self._unsettled:
+            # Those that we continue have only so long to live without us: others' come later.
+            self._dead = dead
+        else:
+            self._reap(dead)
+        self._maker = ContainerMaker(engine, self.owner, self.transport)
+        self._maker.prepare()
+
+    def _reap(self, dead: list[OwnerDirectory]) -> None:
+        """Remove what dead owners left in this engine, and their directories."""
+        removed, failed = self._engine_now().reap(dead)
         if removed:
-            self.log.info("removed %d containers and networks of owners that are gone", removed)
+            _log.info("removed %d containers and networks of owners that are gone", removed)
         for owner in dead:
             if owner.path in failed:
                 owner.release()
             else:
                 self.runtime.remove_links_into(owner)
                 owner.close()
-        if self.transport == "tcp":
-            self._network = f"samovar-{self.owner.name}"
-            engine.create_network(self._network, self._labels())
-
-    def _labels(self) -> dict[str, str]:
-        labels = {LABEL_MANAGED: "true", LABEL_MANAGED_ALIAS: "true", LABEL_OWNER: str(self.owner.path)}
-        boot = boot_label()
-        return labels if boot is None else labels | {LABEL_BOOT: boot}
 
     def _make(self, request: LaunchRequest) -> Launched:
         """Start the container; on any failure nothing is left."""
-        image, engine, sandbox_id = request.image, self._engine_now(), request.sandbox_id
         try:
-            image_id, image_labels = engine.image(image.tag, image.name)
-            mount = None if request.mount is None else request.mount.resolve()
-            with runtime_errors_as_launch_errors():
-                directory = self.owner.sandbox_directory(sandbox_id)
-            own_labels = {LABEL_IMAGE: image.name, LABEL_SANDBOX: sandbox_id}
-            template = image_labels.get(LABEL_TEMPLATE)
-            if template is not None:
-                own_labels[LABEL_TEMPLATE] = template
-            spec = ContainerSpec(
-                sandbox_id=sandbox_id,
-                image=image,
-                image_id=image_id,
-                labels=self._labels() | own_labels,
-                directory=directory,
-                key=secrets.token_hex(32),
-                token=secrets.token_hex(32),
-                host_uid=os.geteuid(),
-                host_cpus=engine.cpus,
-                transport=self.transport,
-                network=self._network,
-                mount=mount,
-                mount_gid=None if mount is None else mount_group(mount),
-                seccomp=seccomp_profile(),
-            )
-            container_id = engine.start_container(spec)
-            channels, supervisor = self._endpoints(engine, spec, container_id)
+            return self._maker_now().make(request)
         except BaseException as error:
-            self._discard(sandbox_id)
+            self._discard(request.sandbox_id)
             if isinstance(error, ImageError):
                 raise LaunchError(str(error)) from None
             if isinstance(error, ENGINE_ERRORS):
-                raise LaunchError(f"the engine could not start a sandbox of {image.name}: {explain(error)}") from error
+                name = request.image.name
+                raise LaunchError(f"the engine could not start a sandbox of {name}: {explain(error)}") from error
             raise
-        return Launched(
-            sandbox_id=sandbox_id,
-            image=image,
-            runtime_id=container_id,
-            directory=directory,
-            work_directory=WORK_DIRECTORY,
-            key=spec.key.encode(),
-            token=spec.token,
-            supervisor=supervisor,
-            channels=channels,
-            transport=self.transport,
-            template=template,
-        )
-
-    def _endpoints(
-        self, engine: Engine, spec: ContainerSpec, container_id: str
-    ) -> tuple[dict[str, Endpoint], Endpoint]:
-        if self.transport == "ipc":
-            with runtime_errors_as_launch_errors():
-                return ipc_endpoints(spec.directory)
-        ports = engine.published_ports(container_id)
-        try:
-            found = {name: Endpoint(host="127.0.0.1", port=ports[inner]) for name, inner in TCP_PORTS.items()}
-        except KeyError:
-            raise LaunchError("the engine has published no ports for the sandbox; it may have ended at once") from None
-        return {name: found[name] for name in CHANNELS}, found["supervisor"]
 
     def _discard(self, sandbox_id: str) -> None:
         """Remove what a failed launch left; what the engine keeps is removed when it is compared with its list."""
         try:
             self._clear(sandbox_id)
         except ENGINE_ERRORS as error:
-            self.log.warning("could not remove the failed sandbox %s yet: %s", sandbox_id, explain(error))
+            level = logging.WARNING if self.available else logging.DEBUG
+            _log.log(level, "could not remove the failed sandbox %s yet: %s", sandbox_id, explain(error))
 
     def _clear(self, sandbox_id: str) -> None:
         """Remove container and runtime directory; returns once both are gone."""
@@ -350,7 +367,7 @@ class DockerLauncher(ConfigurableLauncher):
         try:
             await watch.stop()
         except TimeoutError:
-            self.log.warning("the thread that reads the container engine's events does not end")
+            _log.warning("the thread that reads the container engine's events does not end")
 
     async def _remove_network(self, engine: Engine, network: str) -> None:
         with contextlib.suppress(*ENGINE_ERRORS):
@@ -380,6 +397,25 @@ class DockerLauncher(ConfigurableLauncher):
         await asyncio.gather(making, return_exceptions=True)
         await self._removal(container)
 
+    def _connected(self, restarted: bool) -> None:
+        """The engine's events come: the first time, or again."""
+        away = self._state.connected(time.monotonic())
+        if restarted:
+            for container in self._containers.values():
+                container.evidence.engine_restarted = container.launched is not None
+        self._look_again.set()
+        if away is not None:
+            _log.warning(
+                "the container engine is back after %.1f s%s", away, ", and was restarted" if restarted else ""
+            )
+            if self.on_back is not None:
+                self.on_back()
+
+    def _lost(self, reason: str) -> None:
+        """The engine's events broke off, or it still does not answer."""
+        if self._state.lost(time.monotonic(), reason):
+            _log.warning("the container engine at %s is away: %s", self.docker_url, reason)
+
     def _event(self, event: Event) -> None:
         attributes = event.get("Actor", {}).get("Attributes", {})
         container = self._containers.get(attributes.get(LABEL_SANDBOX, ""))
@@ -401,16 +437,29 @@ class DockerLauncher(ConfigurableLauncher):
                     await container.news.wait()
         if container.removal is not None or container.launched is None:
             return
-        if evidence.oom_events:
+        if evidence.oom_events and container.image is not None:
             evidence.more["limit_mb"] = container.image.limits.container_memory_mb
         verdict = evidence.verdict()
+        if verdict.cause is ExitCause.REMOVED and await self._engine_is_going():
+            evidence.engine_restarted = True
+            verdict = evidence.verdict()
         if verdict.cause is ExitCause.EXITED and verdict.exit_code:
             # PID 1 speaks only when it cannot start the kernel: then its words are the reason.
             words = await self._call(self._engine_now().last_words, container.sandbox_id)
             if words:
                 evidence.more["reason"] = words
-        self.log.info("sandbox %s ended: %s", container.sandbox_id, verdict)
         self._on_exit(container.sandbox_id, verdict)
+
+    async def _engine_is_going(self) -> bool:
+        """Whether the engine stops: it stops to answer first, then ends its containers, and tells that to the last."""
+        try:
+            async with asyncio.timeout(_GOING_SECONDS):
+                await self._call(self._engine_now().ping)
+        except TimeoutError:
+            return not self.available
+        except ENGINE_ERRORS:
+            return True
+        return not self.available
 
     async def _keep_reconciled(self) -> None:
         while True:
@@ -421,14 +470,19 @@ class DockerLauncher(ConfigurableLauncher):
             try:
                 await self._reconcile()
             except (*ENGINE_ERRORS, LaunchError) as error:
-                self.log.warning("could not compare sandboxes with the engine's list: %s", explain(error))
+                # That it is away has been told; the next connection looks again.
+                level = logging.WARNING if self.available else logging.DEBUG
+                _log.log(level, "could not compare sandboxes with the engine's list: %s", explain(error))
 
     async def _reconcile(self) -> None:
         """Compare with the engine's list: end what it lost, remove what it still has and we do not know."""
         asked_at = asyncio.get_running_loop().time()
-        listed = await self._call(self._engine_now().sandboxes_of, self.owner.path)
-        for sandbox_id in listed - self._containers.keys() - {""}:
-            await self._call(self._clear, sandbox_id)
+        listed = await self._call(self._engine_now().states_of, self.owner.path)
+        if not self._unsettled:
+            # Directories, too: of a launch that failed while the engine was away nothing else is left.
+            there = await self._call(self.owner.sandbox_ids)
+            for sandbox_id in (listed.keys() | set(there)) - self._containers.keys() - {""}:
+                await self._call(self._clear, sandbox_id)
         for container in list(self._containers.values()):
             if container.removal is not None:
                 if container.removal.done():
@@ -436,11 +490,25 @@ class DockerLauncher(ConfigurableLauncher):
             elif container.launched is not None and container.launched_at < asked_at and not container.evidence.ended:
                 await self._look_at(container, listed)
 
-    async def _look_at(self, container: _Container, listed: set[str]) -> None:
-        state: dict[str, Any] = {}
-        if container.sandbox_id in listed:
+    async def _unknown(self) -> set[str]:
+        """Return the sandboxes of our owner that the engine or the runtime directory has and we do not know."""
+        listed = await self._call(self._engine_now().sandboxes_of, self.owner.path)
+        there = await self._call(self.owner.sandbox_ids)
+        return (listed | set(there)) - self._containers.keys() - {""}
+
+    async def _look_at(self, container: _Container, listed: Mapping[str, str]) -> None:
+        state: dict[str, Any] = {"Status": listed.get(container.sandbox_id)}
+        if state["Status"] is None:
+            state = {}
+        elif state["Status"] != "running":
             state = await self._call(self._engine_now().state, container.sandbox_id)
         if not container.evidence.ended:
             container.evidence.add_state(state)
             if container.evidence.ended:
                 self._own(self._conclude(container))
+
+
+def _how_it_ended(state: Mapping[str, Any]) -> str:
+    if not state:
+        return "its container does not exist any more"
+    return f"its container is {state.get('Status')} (exit code {state.get('ExitCode')})"

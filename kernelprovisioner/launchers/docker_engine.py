@@ -11,7 +11,7 @@ from typing import Any
 
 import docker
 from docker.errors import APIError, DockerException, NotFound
-from requests.exceptions import RequestException
+from requests.exceptions import RequestException, Timeout
 
 from kernelprovisioner.launchers.base import EngineUnavailable, LaunchError
 from kernelprovisioner.launchers.container_spec import (
@@ -51,6 +51,8 @@ def explain(error: BaseException) -> str:
         return str(error.explanation).strip().replace("\n", " ")
     cause: BaseException | None = error
     while cause is not None:
+        if isinstance(cause, Timeout):
+            return "it does not answer in time"
         for candidate in (cause, *cause.args):
             if isinstance(candidate, OSError) and candidate.errno in _REASONS:
                 return _REASONS[candidate.errno]
@@ -107,15 +109,23 @@ class Engine:
         """Close the connections."""
         self._client.close()
 
-    def image(self, reference: str, name: str) -> tuple[str, dict[str, str]]:
-        """Return id and labels of a container image. Raises LaunchError where it is missing."""
+    def ping(self) -> None:
+        """Return once the engine has answered."""
+        self._client.ping()
+
+    def image(self, reference: str, name: str) -> str:
+        """Return the id of a container image. Raises LaunchError where it is missing."""
         try:
             found = self._client.inspect_image(reference)
         except NotFound:
             raise LaunchError(
                 f"the container image {reference} does not exist; build it with: samovar images build {name}"
             ) from None
-        return str(found["Id"]), dict(found["Config"].get("Labels") or {})
+        return str(found["Id"])
+
+    def template(self, spec: ContainerSpec) -> str:
+        """Return what the container would be made from in this engine, as a hash. Asks nobody."""
+        return spec.template(self._client.api_version)
 
     def start_container(self, spec: ContainerSpec) -> str:
         """Create and start a container; return its id."""
@@ -176,8 +186,15 @@ class Engine:
         found = self._client.containers(all=True, filters={"label": f"{LABEL_OWNER}={owner}"})
         return {container["Labels"].get(LABEL_SANDBOX, "") for container in found}
 
-    def create_network(self, name: str, labels: dict[str, str]) -> None:
+    def states_of(self, owner: Path) -> dict[str, str]:
+        """Return the state (`running`, `exited`, …) of each of this owner's sandboxes that has a container."""
+        found = self._client.containers(all=True, filters={"label": f"{LABEL_OWNER}={owner}"})
+        return {container["Labels"].get(LABEL_SANDBOX, ""): str(container["State"]) for container in found}
+
+    def ensure_network(self, name: str, labels: dict[str, str]) -> None:
         """Make the bridge for `tcp`: its members reach neither each other nor, by routing, the world outside."""
+        if any(network["Name"] == name for network in self._client.networks(names=[name])):
+            return
         options = {
             "com.docker.network.bridge.enable_icc": "false",
             "com.docker.network.bridge.enable_ip_masquerade": "false",
@@ -195,7 +212,8 @@ class Engine:
         """Remove the containers and networks of dead owners; return how many, and the owners that left some.
 
         `dead` are those whose lock we hold. An owner elsewhere is reaped if its directory can be seen and its lock is
-        free, or if it is of an earlier boot of this machine; all others are left alone.
+        free, or if it is of an earlier boot of this machine; all others are left alone, and a dead gateway that the
+        next one may continue.
         """
         ours = {owner.path for owner in dead}
         current = boot_label()

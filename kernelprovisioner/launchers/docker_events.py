@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import threading
 import time
 from collections.abc import Callable
@@ -13,22 +12,25 @@ from typing import Any
 from docker.errors import DockerException
 from requests.exceptions import RequestException
 
+from kernelprovisioner.launchers.docker_engine import explain
+
 Event = dict[str, Any]
 
-ACTIONS = ("oom", "kill", "die", "destroy")
+#: `start` says nothing of an end: it makes sure that there is an event by which an engine is known again.
+ACTIONS = ("start", "oom", "kill", "die", "destroy")
 
 _FIRST_PAUSE = 0.2
-_LONGEST_PAUSE = 5.0
+_LONGEST_PAUSE = 2.0
 _STOP_SECONDS = 10.0
-
-log = logging.getLogger(__name__)
 
 
 class EventWatch:
-    """Hands each event of the containers with one label to `on_event`, and tells `on_connected` at each connection.
+    """Hands each event of the containers with one label to `on_event`; tells `on_connected` and `on_lost`.
 
-    Both are called on the loop. What happened while there was no connection is asked for again, as far as the engine
-    remembers it; `on_connected` is the time to compare with its list of containers.
+    All are called on the loop. What happened while there was no connection is asked for again, as far as the engine
+    remembers it. `on_connected` comes at each connection, before those events, and is the time to compare with its list
+    of containers; it is told whether the engine was restarted meanwhile: then it has forgotten the last event that we
+    know. `on_lost` comes at each connection that broke or could not be made, with the reason.
     """
 
     def __init__(
@@ -36,17 +38,21 @@ class EventWatch:
         connect: Callable[[], Any],
         label: str,
         on_event: Callable[[Event], None],
-        on_connected: Callable[[], None],
+        on_connected: Callable[[bool], None],
+        on_lost: Callable[[str], None],
     ) -> None:
         self._connect = connect
         self._label = label
         self._on_event = on_event
         self._on_connected = on_connected
+        self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
         self._stopping = threading.Event()
         self._connected = asyncio.Event()
         self._stream: Any = None
         self._seen_nanoseconds = 0
+        self._was_connected = False
+        self._was_refused = False
         self._thread = threading.Thread(target=self._run, name="samovar-engine-events", daemon=True)
 
     async def start(self, timeout: float) -> None:
@@ -75,12 +81,15 @@ class EventWatch:
         pause = _FIRST_PAUSE
         while not self._stopping.is_set():
             started = time.monotonic()
+            reason = "it closed the stream of its events"
             try:
                 self._follow()
             except (DockerException, RequestException, OSError, ValueError) as error:
                 # ValueError: the stream was closed, or broke off, in the middle of an event.
-                if not self._stopping.is_set():
-                    log.warning("lost the container engine's events, connecting again: %s", error)
+                reason = explain(error)
+                self._was_refused = True
+            if not self._stopping.is_set():
+                self._post(self._on_lost, reason)
             pause = _FIRST_PAUSE if time.monotonic() - started > _LONGEST_PAUSE else min(pause * 2, _LONGEST_PAUSE)
             self._stopping.wait(pause)
 
@@ -89,8 +98,10 @@ class EventWatch:
         try:
             since = f"{self._seen_nanoseconds // 10**9}.{self._seen_nanoseconds % 10**9:09d}"
             filters = {"type": "container", "label": self._label, "event": list(ACTIONS)}
+            restarted = self._was_connected and self._was_restarted(client, since, filters)
             self._stream = client.events(since=since if self._seen_nanoseconds else None, filters=filters, decode=True)
-            self._post(self._tell_connected)
+            self._was_connected, self._was_refused = True, False
+            self._post(self._tell_connected, restarted)
             for event in self._stream:
                 at = int(event.get("timeNano", 0))
                 if at > self._seen_nanoseconds:
@@ -100,9 +111,17 @@ class EventWatch:
             self._stream = None
             client.close()
 
-    def _tell_connected(self) -> None:
+    def _was_restarted(self, client: Any, since: str, filters: dict[str, Any]) -> bool:
+        """Whether the engine has forgotten the last event that we know; where we know none, whether it was away."""
+        if not self._seen_nanoseconds:
+            return self._was_refused
+        # From then until then, by the engine's own clock: what it remembers comes, and the answer ends.
+        found = client.events(since=since, until=since, filters=filters, decode=True)
+        return all(int(event.get("timeNano", 0)) != self._seen_nanoseconds for event in found)
+
+    def _tell_connected(self, restarted: bool) -> None:
         self._connected.set()
-        self._on_connected()
+        self._on_connected(restarted)
 
     def _post(self, callback: Callable[..., None], *arguments: Any) -> None:
         # RuntimeError: the loop has been closed, nobody listens any more.

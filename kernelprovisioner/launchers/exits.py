@@ -34,6 +34,8 @@ class Evidence:
     #: PID 1's exit code, once it ended
     exit_code: int | None = None
     ended: bool = False
+    #: the engine was restarted while it ran, and nobody has seen it run since
+    engine_restarted: bool = False
     more: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -60,6 +62,7 @@ class Evidence:
     def add_state(self, state: Mapping[str, Any]) -> None:
         """Take in how the engine lists the container when events may have been lost; empty: it does not list it."""
         if state.get("Status") in _ALIVE:
+            self.engine_restarted = False
             return
         self.exit_code = state.get("ExitCode")
         self.ended = True
@@ -72,6 +75,9 @@ class Evidence:
         """Return why the container ended."""
         code = self.exit_code
         killed = signal_of(code)
+        ended_by_engine = self.engine_signal is not None or code is None or code in _ENGINE_CODES
+        if self.engine_restarted and ended_by_engine and not self.oom_events:
+            return SandboxExit(ExitCause.ENGINE, code, killed, self.more)
         if self.engine_signal is not None:
             return SandboxExit(ExitCause.REMOVED, code, self.engine_signal, self.more)
         if self.oom_events and killed == signal.SIGKILL:

@@ -5,12 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from gateway.answer_store import AnswerStore
+from gateway.execution import CellLimits
+from gateway.handlers import SHAPES
+from gateway.idempotency import KeyedCalls
+from gateway.sessions import SessionRegistry
 from kernelprovisioner.pool import PoolClaim
 from kernelprovisioner.pool_events import Source
 from kernelprovisioner.sandbox import ClaimRequest
-from kernelprovisioner.sandbox_exit import ExitCause, SandboxExit
+from kernelprovisioner.sandbox_exit import CellReference, ExitCause, SandboxExit
+from kernelprovisioner.standing import Standing
 from kernelprovisioner.supervisor import KernelExit
 from kernelprovisioner.wire import Message
 
@@ -62,7 +69,11 @@ class FakeSandbox:
         self.exited: asyncio.Future[SandboxExit] = asyncio.get_running_loop().create_future()
         self.kernel_exit: KernelExit | None = None
         self.interrupts = 0
+        self.running: Callable[[], CellReference | None] | None = None
         self.on_interrupt: Callable[[], None] = lambda: None
+
+    async def recorded(self) -> None:
+        await asyncio.sleep(0)
 
     async def interrupt(self) -> None:
         self.interrupts += 1
@@ -100,12 +111,15 @@ class FakePool:
         self.claims: list[tuple[str, ClaimRequest]] = []
         self.released: list[tuple[FakeSandbox, SandboxExit]] = []
         self.idle: dict[str, float | None] = {}
+        self.standing: dict[str, Standing] = {}
         self.error: Exception | None = None
         self.gate: asyncio.Event | None = None
         self.claimed = asyncio.Event()
         self.given_back = asyncio.Event()
 
-    async def claim(self, owner: str, request: ClaimRequest, *, timeout: float) -> PoolClaim:
+    async def claim(
+        self, owner: str, request: ClaimRequest, *, timeout: float, standing: Standing = Standing.KEPT
+    ) -> PoolClaim:
         if self.error is not None:
             raise self.error
         if self.gate is not None:
@@ -123,8 +137,21 @@ class FakePool:
         if not sandbox.exited.done():
             sandbox.exited.set_result(cause)
 
-    def touch(self, sandbox_id: str, idle_since: float | None) -> None:
+    def touch(self, sandbox_id: str, idle_since: float | None, standing: Standing = Standing.KEPT) -> None:
         self.idle[sandbox_id] = idle_since
+        self.standing[sandbox_id] = standing
 
     def describe(self) -> dict[str, Any]:
         return {"warm": 0, "claimed": len(self.made), "failures_in_a_row": 0}
+
+
+def keyed_calls(
+    sessions: SessionRegistry, directory: Path, gateway: str = "/run/a", living: tuple[str, ...] = ()
+) -> KeyedCalls:
+    """Calls with a key over a store in `directory`; the gateways that are `living` live beside this one."""
+
+    async def lives(other: str) -> bool:
+        return other in living
+
+    store = AnswerStore(directory / "answers.sqlite")
+    return KeyedCalls(store, SHAPES, sessions, gateway=gateway, limits=CellLimits(0.05, 10_000, 100), lives=lives)

@@ -9,15 +9,17 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from samovar_kernel.frames import pack
 
-from kernelprovisioner import claim_server, claims
+from kernelprovisioner import claim_connection, claim_server, claims
 from kernelprovisioner.claim_server import ClaimServer, SocketInUse
 from kernelprovisioner.claims import ClaimAnswer, ClaimConnection, ClaimRefused, Ending, NoGateway
 from kernelprovisioner.environment import added_by_caller, allowed_in
+from kernelprovisioner.held import GatewaySandbox, Wanted
 from kernelprovisioner.images import KernelImage
 from kernelprovisioner.launchers.base import Endpoint, Launched, LaunchError
 from kernelprovisioner.pool import PoolClaim, PoolFull
@@ -58,6 +60,9 @@ class FakeSandbox:
         self.last_use: asyncio.Future[None] | None = None
         self.supervisor = FakeSupervisor()
         self.handed_over = False
+
+    async def recorded(self) -> None:
+        await asyncio.sleep(0)
 
     async def hand_over(self) -> None:
         self.handed_over = True
@@ -126,7 +131,13 @@ async def test_a_claim_carries_all_that_a_holder_needs(short_directory: Path) ->
         owner, request, mount = pool.claims[0]
         assert owner == f"uid:{os.getuid()}" and mount is None
         assert request == ClaimRequest(
-            "k", b"key", {"A1": env["A1"], "B": "ü"}, session_name="nb.ipynb", notice="n", hold_ms=250
+            "k",
+            b"key",
+            {"A1": env["A1"], "B": "ü"},
+            session_name="nb.ipynb",
+            notice="n",
+            hold_ms=250,
+            holder={"kind": "provisioner", "token": answer.token},
         )
         launched = pool.sandboxes[0].launched
         assert pool.sandboxes[0].handed_over
@@ -238,7 +249,7 @@ async def test_a_claim_that_failed_may_be_tried_again(short_directory: Path) -> 
 async def test_a_holder_that_does_not_read_keeps_no_dead_sandbox(
     short_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(claim_server, "_AFTER_EXIT_SECONDS", 0.2)
+    monkeypatch.setattr(claim_connection, "_AFTER_EXIT_SECONDS", 0.2)
     async with served(short_directory) as (server, pool):
         reader, writer = await asyncio.open_unix_connection(str(server.path), limit=1024)
         wanted = {"op": "claim", "id": 1, "image": "python", "kernel_id": "k", "key": "key"}
@@ -278,6 +289,78 @@ async def test_a_stopping_gateway_tells_its_holders(short_directory: Path) -> No
         await connection.release()
         await asyncio.wait_for(stopping, 5)
         assert len(pool.released) == 1
+
+
+async def test_a_holder_goes_on_with_the_next_gateway(short_directory: Path) -> None:
+    async with served(short_directory) as (server, pool):
+        held = await GatewaySandbox.claim(server.path, Wanted("python", "k", b"key", {}))
+        await server.stop(keep=True)
+        assert pool.released == {} and server.held == []
+        (sandbox,) = pool.sandboxes
+        # The gateway is away: what is asked for now waits for the next one, unless it cannot wait that long.
+        asked = asyncio.ensure_future(held.request("list", timeout=20))
+        with pytest.raises(SupervisorError, match="is away"):
+            await held.request("signal", timeout=0.3, signum=2)
+        assert not held.ended.done() and sandbox.supervisor.asked == []
+
+        following = ClaimServer({"python": pool}, server.path)
+        await following.start(closed=True)
+        await asyncio.sleep(0.5)
+        assert not held.ended.done(), "a gateway that is starting turns no holder away for good"
+        _, request, _ = pool.claims[0]
+        cast(Any, sandbox).record = SimpleNamespace(holder=request.holder)
+        following.restore(pool, cast(Sandbox, sandbox))
+        await asyncio.wait_for(asked, 10)
+        following.open()
+        await held.request("signal", signum=2)
+        assert [op for op, _, _ in sandbox.supervisor.asked] == ["list", "signal"]
+        sandbox.exited.set_result(ENDED)
+        assert (await asyncio.wait_for(asyncio.shield(held.ended), 10)).exit == ENDED
+        await held.release()
+        await pool.until_released()
+        await following.stop()
+
+
+async def test_a_holder_that_does_not_come_back_to_the_next_gateway_gives_its_sandbox_up(
+    short_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claim_server, "RESUME_SECONDS", 0.2)
+    async with served(short_directory) as (server, pool):
+        sandbox = FakeSandbox(0, short_directory)
+        for holder in (
+            {},
+            {"kind": "session", "token": "t"},
+            {"kind": "provisioner"},
+            {"kind": "provisioner", "token": 1},
+        ):
+            cast(Any, sandbox).record = SimpleNamespace(holder=holder)
+            with pytest.raises(ValueError, match="names no holder"):
+                server.restore(pool, cast(Sandbox, sandbox))
+        cast(Any, sandbox).record = SimpleNamespace(holder={"kind": "provisioner", "token": "t"})
+        server.restore(pool, cast(Sandbox, sandbox))
+        assert server.held == [sandbox.id]
+        await pool.until_released()
+        assert "holder went away" in str(pool.released[sandbox.id].evidence)
+
+
+async def test_a_gateway_that_is_about_to_start_takes_holders_back_and_no_claims(short_directory: Path) -> None:
+    server = ClaimServer({"python": (pool := FakePool(short_directory))}, short_directory / "claim.sock")
+    sandbox = FakeSandbox(0, short_directory)
+    cast(Any, sandbox).record = SimpleNamespace(holder={"kind": "provisioner", "token": "t"})
+    server.restore(pool, cast(Sandbox, sandbox))
+    await server.start(closed=True)
+    try:
+        holder, other = [await ClaimConnection.connect(server.path) for _ in range(2)]
+        assert (await holder.resume(sandbox.id, "t")).sandbox_id == sandbox.id
+        with pytest.raises(ClaimRefused) as refused:
+            await claim(other)
+        assert (refused.value.code, pool.claims) == (claims.STARTING, [])
+        server.open()
+        await claim(other)
+        holder.close()
+        other.close()
+    finally:
+        await server.stop()
 
 
 @pytest.mark.parametrize(

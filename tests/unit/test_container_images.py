@@ -9,7 +9,8 @@ from typing import Any
 import docker
 import pytest
 
-from gateway import container_images
+from gateway import checks, container_images
+from gateway.checks import check_image
 from gateway.container_images import ContainerImages
 from gateway.errors import ExitCode, StartError
 from kernelprovisioner.build_error import BuildError
@@ -56,7 +57,8 @@ class Client:
 def builder(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("there", None), ("failure", None), ("builds", 0)):
         monkeypatch.setattr(Builder, name, value)
-    monkeypatch.setattr(container_images, "ImageBuilder", Builder)
+    for module in (container_images, checks):
+        monkeypatch.setattr(module, "ImageBuilder", Builder)
     monkeypatch.setattr("docker.DockerClient", Client)
 
 
@@ -78,7 +80,8 @@ async def test_an_image_that_is_older_than_its_folder_serves_with_a_hint(monkeyp
     await images(reports).ensure(find_image("python"))
     assert Builder.builds == 0
     assert "samovar images build python" in reports[0]
-    assert (await images([]).state(find_image("python")))["status"] == "degraded"
+    found = check_image("unix:///no.sock", find_image("python"), Path("/nowhere"), 1)
+    assert found.status == "degraded" and found.remedy == "run: samovar images build python"
 
 
 async def test_an_image_that_cannot_be_built_keeps_the_gateway_from_starting(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +91,8 @@ async def test_an_image_that_cannot_be_built_keeps_the_gateway_from_starting(mon
     ) as caught:
         await images([]).ensure(find_image("python"))
     assert caught.value.exit_code == ExitCode.NO_INPUT
-    assert "samovar images build python" in (await images([]).state(find_image("python")))["error"]
+    found = check_image("unix:///no.sock", find_image("python"), Path("/nowhere"), 1)
+    assert found.status == "unhealthy" and found.remedy == "run: samovar images build python"
 
 
 async def test_an_engine_that_goes_away_meanwhile_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

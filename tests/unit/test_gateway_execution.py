@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from gateway.execution import Cell, CellLimits, CellResult, Status, run_cell
+from gateway.execution import Cell, CellLimits, CellResult, Status, Waiting, run_cell
 from kernelprovisioner.sandbox_exit import ExitCause
 from kernelprovisioner.supervisor import KernelExit
 from tests.unit.gateway_fakes import FakeSandbox, Script, ends_well
@@ -25,7 +25,9 @@ async def run_in(
     cancelled: asyncio.Future[None] = loop.create_future()
     if cancel_after is not None:
         loop.call_later(cancel_after, cancelled.set_result, None)
-    result = await run_cell(sandbox, Cell("code", timeout, **fields), LIMITS, cancelled)  # type: ignore[arg-type]
+    waiting = Waiting(cancelled, loop.create_future())
+    cell = Cell("code", timeout, **fields)
+    result = await run_cell(sandbox, cell, LIMITS, waiting, msg_id="id")  # type: ignore[arg-type]
     assert not sandbox.wire.listeners, "a listener was left on the wire"
     return result
 

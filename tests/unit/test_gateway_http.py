@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,10 +22,11 @@ from gateway.execution import CellLimits
 from gateway.handlers import make_application
 from gateway.handlers.base import Services
 from gateway.health import Health
+from gateway.limits import OwnerBounds
 from gateway.sessions import SessionRegistry
 from kernelprovisioner.images import read_images
 from kernelprovisioner.pool import PoolFull
-from tests.unit.gateway_fakes import FakePool, FakeSandbox, Script, ends_well
+from tests.unit.gateway_fakes import FakePool, FakeSandbox, Script, ends_well, keyed_calls
 
 KEY = "key-of-the-tests"
 
@@ -37,14 +40,21 @@ class Api:
     sessions: SessionRegistry
 
     async def call(
-        self, method: str, path: str, body: Any = None, *, key: str = KEY, raw: bytes | None = None
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        key: str = KEY,
+        raw: bytes | None = None,
+        headers: dict[str, str] | None = None,
     ) -> HTTPResponse:
         data = raw if raw is not None else json.dumps(body).encode() if method == "POST" else None
         return await AsyncHTTPClient().fetch(
             f"http://127.0.0.1:{self.port}{path}",
             method=method,
             body=data,
-            headers={"x-api-key": key} if key else {},
+            headers={**({"x-api-key": key} if key else {}), **(headers or {})},
             raise_error=False,
         )
 
@@ -56,14 +66,22 @@ class Api:
 
 
 @asynccontextmanager
-async def served(script: Script = ends_well, *, local_monitoring: bool = True, check: Any = None) -> AsyncIterator[Api]:
+async def served(
+    script: Script = ends_well,
+    *,
+    local_monitoring: bool = True,
+    check: Any = None,
+    directory: Path = Path("/nonexistent"),
+    owner_bounds: OwnerBounds | None = None,
+) -> AsyncIterator[Api]:
     """The application on a port of its own."""
     pool = FakePool(script)
     pools: Any = {"python": pool}
-    sessions = SessionRegistry(pools, CellLimits(0.05, 10_000, 100), line_timeout=5.0)
+    sessions = SessionRegistry(pools, CellLimits(0.05, 10_000, 100), line_timeout=5.0, owner_bounds=owner_bounds)
     health = Health("1", {"engine": check} if check is not None else {})
     keys = KeyCheck({KEY: "main", "another-key": "other"})
-    services = Services(keys, sessions, pools, read_images(), health, 5.0, local_monitoring)
+    keyed = keyed_calls(sessions, directory)
+    services = Services(keys, sessions, pools, read_images(), health, keyed, 5.0, local_monitoring)
     server = HTTPServer(make_application(services))
     sockets = bind_sockets(0, "127.0.0.1")
     server.add_sockets(sockets)
@@ -72,6 +90,7 @@ async def served(script: Script = ends_well, *, local_monitoring: bool = True, c
     finally:
         server.stop()
         await server.close_all_connections()
+        await keyed.stop(1.0)
         await asyncio.sleep(0.01)
 
 
@@ -270,3 +289,30 @@ async def test_a_client_that_goes_away_in_the_middle_of_its_body_leaves_nothing(
         await asyncio.sleep(0.05)
         assert asyncio.all_tasks() <= before
         assert api.pool.made == []
+
+
+async def test_more_executions_than_an_owner_may_have_are_a_429_that_names_the_limit() -> None:
+    async with served(lambda *_: None, owner_bounds=OwnerBounds(executions=1)) as api:
+        running = asyncio.create_task(api.call("POST", "/api/v1/execute", {"code": "1", "timeout": 0.2}))
+        async with asyncio.timeout(5):
+            await api.pool.claimed.wait()
+        first = await api.call("POST", "/exec", {"code": "1", "lang": "py"})
+        second = await api.call("POST", "/api/v1/execute", {"code": "1"})
+        for response in (first, second):
+            assert (response.code, response.headers["Retry-After"]) == (429, "1")
+            assert b"OwnerLimits.max_executions" in response.body
+        assert json.loads(first.body)["error_type"] == "limit_reached"
+        assert json.loads(second.body)["type"] == "urn:samovar:problem:limit-reached"
+        assert (await running).code == 200
+
+
+async def test_a_flood_does_not_fill_the_log_with_errors(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "tornado.access")
+    async with served() as api:
+        api.pool.error = PoolFull("all places are taken", 7)
+        assert (await api.call("POST", "/exec", {"code": "1", "lang": "py"})).code == 503
+        api.pool.error = ValueError("broken")
+        assert (await api.call("POST", "/exec", {"code": "1", "lang": "py"})).code == 500
+    requests = [record for record in caplog.records if record.name == "tornado.access"]
+    levels = [(record.levelname, record.getMessage()[:3]) for record in requests]
+    assert levels == [("INFO", "503"), ("ERROR", "500")]

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from gateway import sessions
+from gateway.cancellation import Cancelled
 from gateway.errors import RequestError
 from gateway.execution import Cell, CellLimits, Status
-from gateway.sessions import Cancelled, Execution, Session, SessionRegistry
+from gateway.session import Execution, Session
+from gateway.sessions import SessionRegistry
 from kernelprovisioner.launchers.base import LaunchError
 from kernelprovisioner.pool import ClaimTimeout, PoolFull
 from kernelprovisioner.sandbox_exit import ExitCause, SandboxExit
@@ -40,7 +42,7 @@ async def test_a_session_keeps_its_sandbox_and_tells_the_pool_when_it_is_idle() 
     assert first.container_id == second.container_id
     assert (first.source, second.source) == ("warm", "held")
     assert pool.idle["sandbox0"] is not None
-    assert set(first.result.timings) == {"turn_ms", "claim_ms", "run_ms", "total_ms"}
+    assert set(first.result.timings) == {"turn_ms", "wait_ms", "claim_ms", "run_ms", "total_ms"}
 
 
 async def test_cells_of_one_session_run_one_at_a_time_in_order_of_arrival() -> None:
@@ -256,6 +258,24 @@ async def test_draining_waits_for_running_cells_and_takes_no_more() -> None:
     assert caught.value.retry_after is not None
     await draining
     assert running.done() and stdout(running.result()) == "code"
+
+
+async def test_draining_refuses_at_once_what_still_waits_for_its_turn_or_for_a_sandbox() -> None:
+    pool = FakePool(lambda *_: None)
+    known = registry(pool)
+    session = known.add(Session("me", "python"))
+    running = asyncio.create_task(execute(known, session, timeout=0.2))
+    await pool.claimed.wait()
+    pool.gate = asyncio.Event()
+    waiting = [asyncio.create_task(execute(known, each)) for each in (session, known.add(Session("me", "python")))]
+    await asyncio.sleep(0.01)
+    draining = asyncio.create_task(known.drain(5.0, asyncio.Event()))
+    async with asyncio.timeout(0.1):
+        for each in waiting:
+            with pytest.raises(RequestError, match="shutting down"):
+                await each
+    assert not running.done()
+    await asyncio.gather(running, draining)
 
 
 async def test_draining_can_be_hurried() -> None:

@@ -13,7 +13,9 @@ from gateway.app import GatewayApp
 from gateway.cli import main
 from gateway.cli.configuration import configured
 from gateway.errors import ExitCode, StartError
-from gateway.settings import PoolSettings, SandboxLimits, environment_name
+from gateway.idle import IdleBounds
+from gateway.limits import OwnerBounds
+from gateway.settings import OwnerLimits, PoolSettings, SandboxLimits, SessionSettings, environment_name
 from kernelprovisioner.images import KernelImage, PoolBounds, read_images
 
 
@@ -59,6 +61,26 @@ def test_every_trait_has_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     assert PoolSettings(parent=app()).max_size == 7
 
 
+@pytest.mark.parametrize(
+    ("text", "entries"),
+    [
+        (
+            '["2 python on Mondays 08:55-10:00", "3 python on Fridays 08:55-10:00"]',
+            ["2 python on Mondays", "3 python on F"],
+        ),
+        ("2 python on Mondays 08:55-10:00", ["2 python"]),
+        ("[]", []),
+    ],
+)
+def test_lists_come_from_variables_too(monkeypatch: pytest.MonkeyPatch, text: str, entries: list[str]) -> None:
+    monkeypatch.setenv("SAMOVAR_POOL_SETTINGS_SCHEDULE", text)
+    monkeypatch.setenv("SAMOVAR_IMAGES", "['python']")
+    made = app()
+    assert made.images == ["python"]
+    read = PoolSettings(parent=made).schedule
+    assert len(read) == len(entries) and all(map(str.startswith, read, entries))
+
+
 def test_known_names_reach_pool_and_limits(monkeypatch: pytest.MonkeyPatch, python_image: KernelImage) -> None:
     known = {
         "CONTAINER_POOL_MIN_SIZE": "3",
@@ -86,6 +108,8 @@ def test_known_names_reach_pool_and_limits(monkeypatch: pytest.MonkeyPatch, pyth
         ("MAX_CPUS", "0", "MAX_CPUS"),
         ("MAX_CPUS", "inf", "MAX_CPUS"),
         ("SAMOVAR_POOL_SETTINGS_LINE_BOUND", "0", "LINE_BOUND"),
+        ("SAMOVAR_POOL_SETTINGS_SCHEDULE", "[1, 2]", "SAMOVAR_POOL_SETTINGS_SCHEDULE='[1, 2]'"),
+        ("SAMOVAR_POOL_SETTINGS_HIT_RATE", "1.5", "HIT_RATE"),
         ("SAMOVAR_EXECUTION_SETTINGS_MAX_OUTPUT_MB", "inf", "MAX_OUTPUT_MB"),
         ("CONTAINER_POOL_PY_MAX", "x", "CONTAINER_POOL_PY_MAX"),
         ("LOG_LEVEL", "loud", "LOG_LEVEL"),
@@ -211,8 +235,48 @@ def test_impossible_bounds_are_refused(settings: dict[str, object], python_image
         PoolSettings(**settings).of(python_image)
 
 
+def test_a_schedule_is_read_for_each_image(python_image: KernelImage) -> None:
+    settings = PoolSettings(
+        schedule=["30 python on Mondays 08:55-10:00", "2 other on weekends 10:00-12:00"], hit_rate=0.9
+    )
+    upkeep = settings.upkeep_of(python_image)
+    assert [str(entry) for entry in upkeep.schedule] == ["30 python on Mondays 08:55-10:00"]
+    assert (upkeep.hit_rate, upkeep.max_age, upkeep.probe_interval) == (0.9, 43200.0, 15.0)
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ("30 python on Moondays 08:55-10:00", "'moondays' is no day"),
+        ("30 pyhton on Mondays 08:55-10:00", r"no kernel image 'pyhton' \(did you mean 'python'\?\)"),
+    ],
+)
+def test_a_schedule_that_makes_no_sense_is_refused(entry: str, words: str, python_image: KernelImage) -> None:
+    with pytest.raises(StartError, match=rf"Bad configuration: PoolSettings\.schedule: .*{words}"):
+        PoolSettings(schedule=[entry]).check_names([python_image.name])
+
+
 def test_bounds_of_an_image_that_is_not_there_are_refused(python_image: KernelImage) -> None:
     settings = PoolSettings(bounds={"pyhton": {"min": 1}})
     with pytest.raises(StartError, match=r"'pyhton' \(did you mean 'python'\?\)"):
         settings.check_names([python_image.name])
     PoolSettings(bounds={"python": {"min": 1}}).check_names([python_image.name])
+
+
+def test_keys_limits_and_idle_times_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("API_KEYS", "first-key,second-key")
+    monkeypatch.setenv("MAX_CONCURRENT_EXECUTIONS", "5")
+    monkeypatch.setenv("SAMOVAR_SESSION_SETTINGS_IDLE_TIMEOUT", "60")
+    parent = app()
+    assert sorted(parent.api_keys.values()) == ["first-key", "second-key"]
+    assert OwnerLimits(parent=parent).bounds == OwnerBounds(sessions=None, executions=5)
+    assert SessionSettings(parent=parent).bounds == IdleBounds(session=60.0, one_off=60.0)
+    monkeypatch.setenv("SAMOVAR_API_KEYS", '{"ada": "key-of-ada"}')
+    assert app().api_keys == {"ada": "key-of-ada"}
+
+
+def test_keys_that_cannot_be_read_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAMOVAR_API_KEYS", '{"ada": "key-of-ada"')
+    with pytest.raises(StartError, match="SAMOVAR_API_KEYS cannot be used") as caught:
+        app()
+    assert "key-of-ada" not in str(caught.value)

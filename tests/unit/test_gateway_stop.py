@@ -42,7 +42,7 @@ class StuckLauncher(ProcessLauncher):
             raise LaunchError("the engine does not answer")
         await asyncio.Event().wait()
 
-    async def stop(self, give_up: asyncio.Event | None = None) -> list[str]:
+    async def stop(self, give_up: asyncio.Event | None = None, *, keep: bool = False) -> list[str]:
         left = sorted(self._children)
         if give_up is not None:
             await give_up.wait()

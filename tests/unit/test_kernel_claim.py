@@ -12,7 +12,8 @@ from samovar_kernel.claim import Claim, ClaimRefused
 from kernelprovisioner.images import KernelImage
 from kernelprovisioner.launchers.base import Launched
 from kernelprovisioner.launchers.configurable import ipc_endpoints
-from kernelprovisioner.sandbox import ClaimError, ClaimRequest, Sandbox, Sandboxes, SandboxState
+from kernelprovisioner.sandbox import ClaimError, ClaimRequest, Sandbox, SandboxState
+from kernelprovisioner.sandboxes import Sandboxes
 from kernelprovisioner.supervisor import SupervisorClient
 from kernelprovisioner.wire import KernelWire
 from tests.unit.local_sandbox import KEY, TOKEN, LocalSandbox
@@ -145,3 +146,46 @@ def test_subshell_and_debugger_still_work(short_directory: Path) -> None:
         assert sandbox.finish_cell(long).text() == "long\n"
         asked = {"type": "request", "seq": 1, "command": "debugInfo", "arguments": {}}
         assert sandbox.ask("control", "debug_request", asked)["success"]
+
+
+def test_a_probe_answers_beside_a_running_cell_and_nobody_sees_it(short_directory: Path) -> None:
+    with LocalSandbox(short_directory) as sandbox:
+        sandbox.open()
+        assert sandbox.ask("control", "samovar_probe_request", {}) == {
+            "status": "ok",
+            "running": None,
+            "execution_count": 1,
+        }
+        sandbox.run("None", silent=True, store_history=False)
+        sandbox.claim()
+        cell = sandbox.start_cell("import time; time.sleep(1); print('done')")
+        sandbox.receive("iopub", lambda message: message["msg_type"] == "execute_input")
+        during = sandbox.ask("control", "samovar_probe_request", {})
+        assert (during["running"], during["status"]) == (cell, "ok")
+        probes: list[str] = []
+
+        def is_last(message: dict[str, Any]) -> bool:
+            if message["parent_header"].get("msg_type") == "samovar_probe_request":
+                probes.append(message["msg_type"])
+            ours = message["parent_header"].get("msg_id") == cell
+            return bool(ours and message["content"].get("execution_state") == "idle")
+
+        sandbox.receive("iopub", is_last)
+        assert probes == []
+        after = sandbox.ask("control", "samovar_probe_request", {})
+        assert (after["running"], after["execution_count"]) == (None, 2)
+
+
+def test_a_warm_kernel_that_was_probed_has_nothing_to_show_for_it(short_directory: Path) -> None:
+    with LocalSandbox(short_directory) as sandbox:
+        sandbox.open()
+        for _ in range(3):
+            sandbox.ask("control", "samovar_probe_request", {})
+        sandbox.run("None", silent=True, store_history=False)
+        sandbox.claim()
+        ran = sandbox.run(
+            "import sys; print(In[:1], Out, [n for n in dir() if n[0] != '_'], hasattr(sys, 'last_value'))"
+        )
+        names = "['In', 'Out', 'exit', 'get_ipython', 'open', 'quit', 'sys']"
+        assert ran.text() == f"[''] {{}} {names} False\n"
+        assert (ran.text("stderr"), ran.reply["execution_count"]) == ("", 1)

@@ -6,16 +6,22 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
+from kernelprovisioner.exit_log import ExitLog
 from kernelprovisioner.images import KernelImage, PoolBounds
+from kernelprovisioner.keeper import Upkeep
 from kernelprovisioner.launchers.base import EngineUnavailable, LaunchError, LaunchRequest
 from kernelprovisioner.pool import ClaimTimeout, PoolClaim, PoolFull, PoolStopped, SandboxPool
-from kernelprovisioner.sandbox import ClaimError, ClaimRequest, Sandbox, Sandboxes
+from kernelprovisioner.sandbox import ClaimError, ClaimRequest, ProbeError, Sandbox
 from kernelprovisioner.sandbox_exit import ExitCause, SandboxExit
+from kernelprovisioner.sandboxes import Sandboxes
+from kernelprovisioner.schedule import parse
 
 IMAGE = KernelImage("python", "python", "Python", Path("."), "base")
 REQUESTED = SandboxExit(ExitCause.REQUESTED)
@@ -30,11 +36,22 @@ class FakeSandbox:
         self.template = engine.template
         self.exited: asyncio.Future[SandboxExit] = asyncio.get_running_loop().create_future()
         self.claims: list[str] = []
+        self.probes, self.probing = 0, False
+        self.answers, self.missed = True, 0
         self._engine = engine
 
     async def claim(self, request: ClaimRequest) -> None:
         self.claims.append(request.kernel_id)
         await self._engine.on_claim(self)
+
+    async def probe(self, *, timeout: float) -> None:
+        self.probes += 1
+        self.probing = True
+        await self._engine.on_probe()
+        self.probing = False
+        self.missed, missed = max(0, self.missed - 1), self.missed
+        if missed or not self.answers:
+            raise ProbeError(f"sandbox {self.id} did not answer a probe within {timeout:g} s")
 
     async def destroy(self, cause: SandboxExit | None = None) -> None:
         if not self.exited.done():
@@ -56,8 +73,16 @@ class FakeEngine:
         self.start_gate: asyncio.Event | None = None
         self.claim_gate: asyncio.Event | None = None
         self.destroy_gate: asyncio.Event | None = None
+        self.probe_gate: asyncio.Event | None = None
         self.destroyed: list[str] = []
+        #: what each start carries; what starts are to carry now
         self.template: str | None = None
+        self.current_template: str | None = None
+        self.exits = ExitLog()
+        self.launcher = SimpleNamespace(template=self._current_template)
+
+    async def _current_template(self, image: KernelImage) -> str | None:
+        return self.current_template
 
     async def launch(self, request: LaunchRequest, *, timeout: float = 60.0) -> Sandbox:
         self.launches += 1
@@ -83,6 +108,10 @@ class FakeEngine:
         if self.claim_errors:
             raise self.claim_errors.pop(0)
 
+    async def on_probe(self) -> None:
+        if self.probe_gate is not None:
+            await self.probe_gate.wait()
+
     async def on_destroy(self, sandbox: FakeSandbox) -> None:
         self.destroyed.append(sandbox.id)
         if self.destroy_gate is not None:
@@ -95,6 +124,7 @@ class FakeEngine:
 @asynccontextmanager
 async def a_pool(min: int = 0, max: int = 4, **options: Any) -> AsyncIterator[tuple[SandboxPool, FakeEngine]]:
     engine = FakeEngine()
+    options.setdefault("upkeep", Upkeep(hit_rate=0.0))
     pool = SandboxPool(IMAGE, cast(Sandboxes, engine), bounds=PoolBounds(min, max), **options)
     await pool.start()
     try:
@@ -408,7 +438,7 @@ async def test_stop_while_a_claim_is_made_personal() -> None:
 @pytest.mark.parametrize("fails", [False, True])
 async def test_stop_waits_for_no_removal_once_it_is_given_up(fails: bool) -> None:
     engine = FakeEngine()
-    pool = SandboxPool(IMAGE, cast(Sandboxes, engine), bounds=PoolBounds(0, 2))
+    pool = SandboxPool(IMAGE, cast(Sandboxes, engine), bounds=PoolBounds(0, 2), upkeep=Upkeep(hit_rate=0.0))
     claim = await pool.claim("ada", ask())
     engine.start_gate = asyncio.Event()
     starting = asyncio.create_task(pool.claim("ada", ask()))
@@ -428,6 +458,194 @@ async def test_stop_waits_for_no_removal_once_it_is_given_up(fails: bool) -> Non
     assert not pool._tasks and claim.sandbox.exited.done()
     with pytest.raises(PoolStopped):
         await starting
+
+
+def left_behind(engine: FakeEngine) -> FakeSandbox:
+    """A sandbox that an earlier gateway left."""
+    name = f"left-{len(engine.live)}"
+    made = engine.live[name] = FakeSandbox(engine, LaunchRequest(name, IMAGE))
+    return made
+
+
+async def test_a_warm_sandbox_that_does_not_answer_its_probe_is_replaced() -> None:
+    async with a_pool(min=2, upkeep=Upkeep(hit_rate=0.0, probe_interval=0.01)) as (pool, engine):
+        await until(lambda: pool.describe()["warm"] == 2)
+        deaf, other = engine.live.values()
+        deaf.answers = False
+        await until(lambda: deaf.id not in engine.live and pool.describe()["warm"] == 2)
+        exit = deaf.exited.result()
+        assert exit.cause is ExitCause.PROTOCOL
+        assert exit.evidence["reason"] == f"sandbox {deaf.id} did not answer a probe within 5 s"
+        assert other.id in engine.live and pool.describe()["failed_probes"] == 1
+
+
+async def test_only_warm_sandboxes_are_probed() -> None:
+    async with a_pool(min=1, max=2, upkeep=Upkeep(hit_rate=0.0, probe_interval=0.01)) as (pool, engine):
+        await until(lambda: pool.describe()["warm"] == 1)
+        claim = await pool.claim("ada", ask())
+        claimed = cast(FakeSandbox, claim.sandbox)
+        probes, claimed.answers = claimed.probes, False
+        await until(lambda: any(sandbox.probes > 2 for sandbox in engine.live.values()))
+        assert claimed.probes == probes and claimed.id in engine.live
+
+
+async def test_a_sandbox_that_is_claimed_while_it_is_probed_stays_with_its_holder() -> None:
+    async with a_pool(min=1, max=1, upkeep=Upkeep(hit_rate=0.0, probe_interval=0.01)) as (pool, engine):
+        await until(lambda: pool.describe()["warm"] == 1)
+        (sandbox,) = engine.live.values()
+        engine.probe_gate = asyncio.Event()
+        sandbox.answers = False
+        await until(lambda: sandbox.probing)
+        tries = sandbox.probes
+        claim = await pool.claim("ada", ask())
+        engine.probe_gate.set()
+        await asyncio.sleep(0.03)
+        assert not claim.sandbox.exited.done() and pool.describe()["failed_probes"] == 0
+        assert sandbox.probes == tries, "asked once more although it is somebody's now"
+
+
+async def test_one_missed_probe_costs_no_sandbox() -> None:
+    async with a_pool(min=1, max=1, upkeep=Upkeep(hit_rate=0.0, probe_interval=0.01)) as (pool, engine):
+        await until(lambda: pool.describe()["warm"] == 1)
+        (sandbox,) = engine.live.values()
+        engine.probe_gate = asyncio.Event()
+        await until(lambda: sandbox.probing)
+        sandbox.missed = 1
+        engine.probe_gate.set()
+        await until(lambda: sandbox.probes > 3)
+        assert sandbox.missed == 0 and sandbox.id in engine.live and pool.describe()["failed_probes"] == 0
+
+
+async def test_a_new_template_empties_the_pool_of_the_older_one_without_a_claim() -> None:
+    async with a_pool(min=2) as (pool, engine):
+        engine.template = engine.current_template = "first"
+        await until(lambda: pool.describe()["warm"] == 2)
+        old = set(engine.live)
+        engine.template = engine.current_template = "second"
+        pool.engine_back()  # the keeper looks at once; by itself every 30 s
+        await until(lambda: not old & engine.live.keys() and pool.describe()["warm"] == 2)
+
+
+async def test_a_template_that_cannot_be_told_changes_nothing() -> None:
+    async with a_pool(min=1) as (pool, engine):
+        engine.template = "first"
+        await until(lambda: pool.describe()["warm"] == 1)
+        old = set(engine.live)
+        pool.engine_back()
+        await asyncio.sleep(0.02)
+        assert set(engine.live) == old
+
+
+async def test_old_sandboxes_are_replaced_once_a_younger_one_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernelprovisioner.keeper._TICK_SECONDS", 0.01)
+    async with a_pool(min=2, upkeep=Upkeep(hit_rate=0.0, max_age=0.2)) as (pool, engine):
+        await until(lambda: pool.describe()["warm"] == 2)
+        old = set(engine.live)
+        fewest = 2
+        while old & engine.live.keys():
+            fewest = min(fewest, pool.describe()["warm"])
+            await asyncio.sleep(0.001)
+        assert fewest == 2
+
+
+async def test_the_schedule_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernelprovisioner.keeper._TICK_SECONDS", 0.01)
+    monkeypatch.setattr("kernelprovisioner.stock.SURPLUS_SECONDS", 0.05)
+    now = datetime(2026, 11, 23, 8, 0)
+    upkeep = Upkeep(hit_rate=0.0, schedule=[parse("3 python on Mondays 08:55-10:00")])
+    async with a_pool(min=1, max=6, upkeep=upkeep, local_time=lambda: now) as (pool, _):
+        await until(lambda: pool.describe()["warm"] == 1)
+        await asyncio.sleep(0.05)
+        assert pool.describe()["want"] == 1
+        now = datetime(2026, 11, 23, 8, 56)
+        await until(lambda: pool.describe()["warm"] == 3)
+        described = pool.describe()
+        assert described["why"] == "3 kept warm (scheduled: 3 python on Mondays 08:55-10:00)"
+        assert described["schedule"] == ["3 python on Mondays 08:55-10:00"]
+        now = datetime(2026, 11, 23, 10, 0)
+        await until(lambda: pool.describe()["warm"] == 1)
+        assert pool.describe()["why"] == "1 kept warm"
+
+
+async def test_claims_at_once_make_the_pool_keep_more() -> None:
+    async with a_pool(min=1, max=12, upkeep=Upkeep(hit_rate=0.9)) as (pool, _):
+        claims = await asyncio.gather(*(pool.claim(f"owner-{n}", ask()) for n in range(6)))
+        for claim in claims:
+            await pool.release(claim.sandbox, REQUESTED)
+        await until(lambda: pool.describe()["warm"] == 6)
+        described = pool.describe()
+        assert described["why"] == "6 kept warm, which would have served 90 % of the 6 claims of 30 min at once"
+        assert described["hit_rate"]["wanted"] == 0.9 and described["hit_rate"]["claims"] == 6
+
+
+async def test_adopted_sandboxes_are_members_like_others() -> None:
+    engine = FakeEngine()
+    pool = SandboxPool(IMAGE, cast(Sandboxes, engine), bounds=PoolBounds(2, 2), upkeep=Upkeep(hit_rate=0.0))
+    told: list[str] = []
+    pool.on_evict = lambda sandbox, cause: told.append(sandbox.id)
+    held, warm, surplus = (left_behind(engine) for _ in range(3))
+    assert pool.adopt(cast(Sandbox, held), "ada")
+    assert pool.adopt(cast(Sandbox, warm), None)
+    assert not pool.adopt(cast(Sandbox, surplus), None), "all places are taken"
+    await pool.start()
+    await until(lambda: surplus.id not in engine.live)
+    assert engine.launches == 0
+    assert (await pool.claim("bob", ask())).sandbox.id == warm.id
+    pool.touch(held.id, 1.0)
+    await pool.claim("ada", ask())
+    assert told == [held.id]
+    await pool.stop()
+    assert engine.live == {}
+
+
+async def test_an_adopted_sandbox_that_dies_is_replaced() -> None:
+    engine = FakeEngine()
+    pool = SandboxPool(IMAGE, cast(Sandboxes, engine), bounds=PoolBounds(1, 2), upkeep=Upkeep(hit_rate=0.0))
+    warm = left_behind(engine)
+    assert pool.adopt(cast(Sandbox, warm), None)
+    await pool.start()
+    warm.exited.set_result(SandboxExit(ExitCause.SIGNAL, signal=9))
+    await until(lambda: warm.id not in engine.live and pool.describe()["warm"] == 1)
+    await pool.stop()
+
+
+async def test_an_engine_that_is_back_is_used_at_once() -> None:
+    async with a_pool(min=1, concurrency=1) as (pool, engine):
+        engine.start_errors = [EngineUnavailable("the engine does not answer")] * 3
+        await until(lambda: pool.describe()["failures_in_a_row"] == 1)
+        engine.start_errors.clear()
+        assert pool.describe()["retry_in_seconds"] > 0
+        pool.engine_back()
+        assert pool.describe()["failures_in_a_row"] == 0
+        await until(lambda: pool.describe()["warm"] == 1, timeout=0.4)
+
+
+async def test_a_removal_is_tried_again_at_once_when_the_engine_is_back() -> None:
+    async with a_pool(max=1) as (pool, engine):
+        claim = await pool.claim("ada", ask())
+        engine.destroy_errors = [LaunchError("the engine does not answer")] * 2
+        releasing = asyncio.create_task(pool.release(claim.sandbox, REQUESTED))
+        for tries in (1, 2):
+            await until(lambda tries=tries: engine.destroyed == [claim.sandbox.id] * tries)  # type: ignore[misc]
+            await asyncio.sleep(0.01)
+            pool.engine_back()
+        await until(lambda: releasing.done(), timeout=0.4)
+
+
+async def test_a_stop_that_keeps_leaves_what_is_warm_or_held() -> None:
+    engine = FakeEngine()
+    pool = SandboxPool(IMAGE, cast(Sandboxes, engine), bounds=PoolBounds(2, 4), upkeep=Upkeep(hit_rate=0.0))
+    await pool.start()
+    held = await pool.claim("ada", ask())
+    await until(lambda: pool.describe()["warm"] == 2)
+    warm = {sandbox.id for sandbox in pool.warm}
+    engine.start_gate = asyncio.Event()
+    waiting = asyncio.create_task(pool.claim("bob", ask(), mount=Path("/data")))
+    await until(lambda: engine.starting == 1)
+    await pool.stop(keep=True)
+    with pytest.raises(PoolStopped):
+        await waiting
+    assert engine.live.keys() == {held.sandbox.id, *warm} and engine.destroyed == []
 
 
 async def test_the_pool_describes_itself() -> None:

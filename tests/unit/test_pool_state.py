@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -12,38 +13,54 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from kernelprovisioner.member import InvalidTransition, Member
 from kernelprovisioner.pool_events import (
+    Adopted,
     ClaimAbandoned,
     ClaimAsked,
     ClaimFailed,
     ClaimSettled,
+    EngineBack,
     Event,
     Evict,
     Exited,
     Give,
     Instruction,
+    ProbeFailed,
     Refusal,
     Refuse,
     Released,
     Remove,
     Removed,
+    Scheduled,
     Source,
     Start,
     Started,
     StartFailed,
     Stop,
+    TemplateIs,
     Tick,
     Touched,
     WakeAt,
 )
-from kernelprovisioner.pool_state import FAILURES_TOLD, InvalidTransition, Member, PoolState
+from kernelprovisioner.pool_state import FAILURES_TOLD, PoolState
 from kernelprovisioner.sandbox import TRANSITIONS, SandboxState
 from kernelprovisioner.sandbox_exit import ExitCause
+from kernelprovisioner.standing import Standing, standing_now
+from kernelprovisioner.stock import SURPLUS_SECONDS
 
 OWNERS = ("ada", "bob", "cyd")
 
 
-def make_state(*, minimum: int = 0, maximum: int = 4, line_bound: int = 16, concurrency: int = 2) -> PoolState:
+def make_state(
+    *,
+    minimum: int = 0,
+    maximum: int = 4,
+    line_bound: int = 16,
+    concurrency: int = 2,
+    hit_rate: float = 0.0,
+    max_age: float = math.inf,
+) -> PoolState:
     numbers = itertools.count(1)
     return PoolState(
         minimum=minimum,
@@ -51,6 +68,8 @@ def make_state(*, minimum: int = 0, maximum: int = 4, line_bound: int = 16, conc
         line_bound=line_bound,
         concurrency=concurrency,
         new_id=lambda: f"s{next(numbers)}",
+        hit_rate=hit_rate,
+        max_age=max_age,
     )
 
 
@@ -65,6 +84,10 @@ class Box:
     claim: int | None = None
     settled: bool = False
     idle_since: float | None = None
+    standing: Standing = Standing.KEPT
+    warm_since: float = 0.0
+    claimed_at: float = 0.0
+    beyond: bool = False  # it was adopted although all places were taken
 
 
 @dataclass
@@ -73,18 +96,36 @@ class Ask:
 
     owner: str
     own: bool
+    standing: Standing
 
 
 class PoolMachine(RuleBasedStateMachine):
     """Plays engine, sessions and callers; checks each instruction when it is given, and the whole after each event."""
 
     @initialize(
-        minimum=st.integers(0, 3), more=st.integers(0, 4), concurrency=st.integers(1, 3), line_bound=st.integers(1, 16)
+        minimum=st.integers(0, 3),
+        more=st.integers(0, 4),
+        concurrency=st.integers(1, 3),
+        line_bound=st.integers(1, 16),
+        hit_rate=st.sampled_from([0.0, 0.95]),
+        max_age=st.sampled_from([math.inf, 1000.0]),
     )
-    def setup(self, minimum: int, more: int, concurrency: int, line_bound: int) -> None:
+    def setup(
+        self, minimum: int, more: int, concurrency: int, line_bound: int, hit_rate: float, max_age: float
+    ) -> None:
         self.maximum = max(1, minimum + more)
         self.minimum, self.concurrency, self.line_bound = minimum, concurrency, line_bound
-        self.state = make_state(minimum=minimum, maximum=self.maximum, line_bound=line_bound, concurrency=concurrency)
+        self.max_age = max_age
+        self.state = make_state(
+            minimum=minimum,
+            maximum=self.maximum,
+            line_bound=line_bound,
+            concurrency=concurrency,
+            hit_rate=hit_rate,
+            max_age=max_age,
+        )
+        self.scheduled = Scheduled(0)
+        self.wanted_at = 100.0  # when none was certain to be one too many
         self.now = 100.0
         self.numbers = itertools.count(1)
         self.boxes: dict[str, Box] = {}
@@ -96,7 +137,8 @@ class PoolMachine(RuleBasedStateMachine):
         self.wake_at: float | None = None
         self.stopped = False
         self.starts = itertools.count(1)
-        self.newest: tuple[int, str | None] = (0, None)  # start and template of the last started that was ever warm
+        #: what tells the template: the last started that was ever warm, or the launcher after so many starts
+        self.newest: tuple[int, str | None] = (-1, None)
         self.tell(Tick())
 
     # What the model knows.
@@ -111,7 +153,28 @@ class PoolMachine(RuleBasedStateMachine):
         return sum(box.owner == owner for box in self.boxes.values() if box.state in ("starting", "claimed"))
 
     def free(self) -> int:
-        return self.maximum - len(self.boxes)
+        return max(0, self.maximum - len(self.boxes))
+
+    def coming(self) -> int:
+        """Places that are free, or will be once those that are going have gone."""
+        return max(0, self.maximum - len(self.boxes) + len(self.of("gone")))
+
+    def unclaimed(self) -> int:
+        return len(self.of("warm")) + self.shared_starting()
+
+    def kept(self) -> int:
+        """How many are wanted warm, at least."""
+        came = sum(self.boxes[sandbox].claimed_at >= self.scheduled.since for sandbox in self.of("claimed"))
+        return max(self.minimum, self.scheduled.count - came)
+
+    def surely_wanted(self) -> int:
+        """How many unclaimed ones are wanted, at least: those in line, those kept, as far as there is room."""
+        own = sum(ask.own for ask in self.line.values())
+        room = self.maximum - len(self.boxes) + self.unclaimed() - own
+        return min(len(self.line) - own + self.kept(), max(0, room))
+
+    def outdated(self, sandbox: str) -> bool:
+        return self.newest[0] >= 0 and self.boxes[sandbox].template != self.newest[1]
 
     def in_line(self, owner: str | None) -> list[int]:
         return sorted(claim for claim, ask in self.line.items() if ask.owner == owner)
@@ -119,8 +182,16 @@ class PoolMachine(RuleBasedStateMachine):
     def heads(self) -> list[int]:
         return [self.in_line(owner)[0] for owner in {ask.owner for ask in self.line.values()}]
 
-    def idle(self, owner: str | None) -> list[float]:
-        return [b.idle_since for b in self.boxes.values() if b.owner == owner and b.idle_since is not None]
+    def rank(self, box: Box) -> tuple[Standing, Standing, float]:
+        """The lower goes first."""
+        assert box.idle_since is not None
+        return standing_now(box.standing, self.now - box.idle_since), box.standing, box.idle_since
+
+    def idle(self, owner: str | None) -> list[Box]:
+        return [box for box in self.boxes.values() if box.owner == owner and box.idle_since is not None]
+
+    def claimed_standings(self, owner: str | None) -> list[Standing]:
+        return [box.standing for box in self.boxes.values() if box.owner == owner and box.state == "claimed"]
 
     def backing_off(self) -> bool:
         return self.wake_at is not None and self.now < self.wake_at
@@ -139,10 +210,12 @@ class PoolMachine(RuleBasedStateMachine):
         for instruction in instructions:
             getattr(self, f"see_{type(instruction).__name__.lower()}")(instruction, event)
         plain = sum(not ask.own for ask in self.line.values())
-        spare = len(self.of("warm")) + self.shared_starting() > plain
+        if self.unclaimed() <= self.surely_wanted():
+            self.wanted_at = self.now
+        spare = self.unclaimed() > plain
         if spare and any(isinstance(i, Start) and i.claim is None for i in instructions):
             own = len(self.line) - plain
-            assert own <= self.free() + len(self.of("gone")), "a spare one took the place of who waits"
+            assert own <= self.coming(), "a spare one took the place of who waits"
             assert not any(self.line[claim].own for claim in self.heads()), "refill went before who waits"
         return instructions
 
@@ -157,7 +230,8 @@ class PoolMachine(RuleBasedStateMachine):
             return
         ask = self.line[start.claim]
         assert ask.own and start.claim == min(self.in_line(ask.owner)), "overtook one of its own owner"
-        box.owner, box.claim = ask.owner, start.claim
+        box.standing = ask.standing
+        box.owner, box.claim = ask.owner, start.claim  # and warm and claimed at once, when it is there
         self.placed[start.claim] = self.line.pop(start.claim)
         self.served(ask.owner)
 
@@ -177,10 +251,10 @@ class PoolMachine(RuleBasedStateMachine):
             assert not equals or self.gave_up[ask.owner], "the place of who gave up a session went to another"
             asked_now = isinstance(event, ClaimAsked | ClaimFailed) and event.claim == give.claim
             assert (give.source is Source.WARM) == asked_now
-            box.owner, box.claim = ask.owner, give.claim
+            box.owner, box.claim, box.standing = ask.owner, give.claim, ask.standing
             self.placed[give.claim] = self.line.pop(give.claim)
             self.served(ask.owner)
-        box.state = "claimed"
+        box.state, box.claimed_at = "claimed", self.now
 
     def see_evict(self, evict: Evict, event: Event) -> None:
         victim = self.boxes[evict.sandbox]
@@ -188,15 +262,21 @@ class PoolMachine(RuleBasedStateMachine):
         assert victim.idle_since is not None, "a busy session lost its sandbox"
         assert not self.of("warm"), "a session lost its sandbox while a warm one was there"
         mixed = any(ask.own for ask in self.line.values())
-        supply = self.free() + len(self.of("gone")) + (0 if mixed else self.shared_starting())
+        supply = self.coming() + (0 if mixed else self.shared_starting())
         assert len(self.line) > supply, "a session lost its sandbox although one was coming"
-        for owner in {victim.owner, evict.owner}:
-            assert victim.idle_since <= min(self.idle(owner), default=victim.idle_since), "not the one used longest ago"
+        assert self.rank(victim) == min(map(self.rank, self.idle(victim.owner))), "not the one used longest ago"
+        # Of its own it spares who is at work while there is a lower one: those in line may be on their way already.
+        waiting = [ask.standing for ask in self.line.values() if ask.owner == evict.owner]
+        lowest = min([*self.claimed_standings(evict.owner), *waiting])
+        for box in self.idle(evict.owner):
+            assert self.rank(victim) <= self.rank(box) or self.rank(box)[0] > lowest, "an own one should have gone"
+        if victim.owner == evict.owner:
+            assert self.rank(victim)[0] <= min(self.claimed_standings(victim.owner)), "somebody at work lost a sandbox"
         if victim.owner != evict.owner:
             # Those being started for the waiter's owner count; which they are is certain where it alone waits.
             coming = 0
             if all(ask.owner == evict.owner and not ask.own for ask in self.line.values()):
-                coming = self.shared_starting() + len(self.of("gone")) + self.free()
+                coming = self.shared_starting() + self.coming()
             holds = self.held(victim.owner) + len(self.in_line(victim.owner))
             assert holds > self.held(evict.owner) + coming + 1, "a flood cost another owner its session"
         else:
@@ -206,13 +286,24 @@ class PoolMachine(RuleBasedStateMachine):
     def see_remove(self, remove: Remove, event: Event) -> None:
         box = self.boxes[remove.sandbox]
         assert box.state != "gone"
-        if isinstance(event, Started) and remove.cause is ExitCause.REQUESTED:
+        if isinstance(event, Started | TemplateIs | Adopted) and remove.cause is ExitCause.REQUESTED:
             assert box.state == "warm"
-            assert box.template != self.newest[1], "a sandbox of the newest template was thrown away"
+            beyond = isinstance(event, Adopted) and len(self.boxes) > self.maximum
+            assert beyond or self.outdated(remove.sandbox), "a sandbox of the newest template was thrown away"
+        if isinstance(event, Tick):
+            assert box.state == "warm" and remove.cause is ExitCause.REQUESTED
+            beside = self.unclaimed() > self.surely_wanted()
+            if self.now - box.warm_since >= self.max_age:
+                full = self.unclaimed() == self.surely_wanted() and not self.of("starting", "gone")
+                assert beside or full, "an old one went before a younger one was there"
+                assert box.warm_since == min(self.boxes[other].warm_since for other in self.of("warm"))
+            else:
+                assert beside, "one that is wanted was given back"
+                assert self.now - self.wanted_at >= SURPLUS_SECONDS, "given back too soon"
         if remove.cause is ExitCause.EVICTED:
             assert box.state == "warm"
             own = sum(ask.own for ask in self.line.values())
-            assert own > self.free() + len(self.of("gone")), "a warm sandbox was thrown away for nothing"
+            assert own > self.coming(), "a warm sandbox was thrown away for nothing"
         box.state, box.idle_since = "gone", None
 
     def see_refuse(self, refuse: Refuse, event: Event) -> None:
@@ -242,18 +333,18 @@ class PoolMachine(RuleBasedStateMachine):
     def pick(self, data: st.DataObject, choices: list[Any]) -> Any:
         return data.draw(st.sampled_from(choices))
 
-    @rule(owner=st.sampled_from(OWNERS), own=st.booleans())
-    def ask(self, owner: str, own: bool) -> None:
+    @rule(owner=st.sampled_from(OWNERS), own=st.booleans(), standing=st.sampled_from(Standing))
+    def ask(self, owner: str, own: bool, standing: Standing) -> None:
         claim, before = next(self.numbers), len(self.line)
-        self.line[claim] = Ask(owner, own)
-        self.tell(ClaimAsked(claim, owner, own))
+        self.line[claim] = Ask(owner, own, standing)
+        self.tell(ClaimAsked(claim, owner, own, standing))
         # Only a claim whose sandbox failed comes back in line beyond the bound.
         assert len(self.line) <= max(self.line_bound, before)
 
-    @rule(owner=st.sampled_from(OWNERS), count=st.integers(2, 6))
-    def flood(self, owner: str, count: int) -> None:
+    @rule(owner=st.sampled_from(OWNERS), count=st.integers(2, 6), standing=st.sampled_from(Standing))
+    def flood(self, owner: str, count: int, standing: Standing) -> None:
         for _ in range(count):
-            self.ask(owner, False)
+            self.ask(owner, False, standing)
 
     @precondition(lambda self: self.line or self.placed)
     @rule(data=st.data())
@@ -305,7 +396,7 @@ class PoolMachine(RuleBasedStateMachine):
         """Also for one that was given up while it started: that changes nothing."""
         box = self.boxes[sandbox]
         if box.state == "starting":
-            box.state, box.template = "warm", template
+            box.state, box.template, box.warm_since = "warm", template, self.now
             self.newest = max(self.newest, (box.number, template), key=lambda start: start[0])
             self.failures, self.wake_at = 0, None
         self.tell(Started(sandbox, template))
@@ -318,23 +409,23 @@ class PoolMachine(RuleBasedStateMachine):
         self.tell(StartFailed(sandbox))
 
     @precondition(lambda self: self.of("claimed"))
-    @rule(data=st.data(), idle=st.booleans())
-    def touch(self, data: st.DataObject, idle: bool) -> None:
-        self.touch_one(self.pick(data, self.of("claimed")), idle)
+    @rule(data=st.data(), idle=st.booleans(), standing=st.sampled_from(Standing))
+    def touch(self, data: st.DataObject, idle: bool, standing: Standing) -> None:
+        self.touch_one(self.pick(data, self.of("claimed")), idle, standing)
 
-    def touch_one(self, sandbox: str, idle: bool) -> None:
+    def touch_one(self, sandbox: str, idle: bool, standing: Standing = Standing.KEPT) -> None:
         """Before its claim is settled that changes nothing."""
         box = self.boxes[sandbox]
         self.now += 0.001
         if box.settled:
-            box.idle_since = self.now if idle else None
-        self.tell(Touched(sandbox, self.now if idle else None))
+            box.idle_since, box.standing = self.now if idle else None, standing
+        self.tell(Touched(sandbox, self.now if idle else None, standing))
 
     @rule(owner=st.sampled_from(OWNERS), count=st.integers(1, 6), idle=st.booleans())
     def sessions(self, owner: str, count: int, idle: bool) -> None:
         """An owner claims some, and all that is under way goes well: the quick way to a full pool."""
         for _ in range(count):
-            self.ask(owner, False)
+            self.ask(owner, False, Standing.KEPT)
             for sandbox in self.of("gone"):
                 self.removed_one(sandbox)
             for sandbox in self.of("starting"):
@@ -367,6 +458,50 @@ class PoolMachine(RuleBasedStateMachine):
     def removed_one(self, sandbox: str) -> None:
         del self.boxes[sandbox]
         self.tell(Removed(sandbox))
+
+    @rule(
+        owner=st.sampled_from([None, None, *OWNERS]),
+        template=st.sampled_from([None, "old", "new", "new"]),
+        age=st.floats(0.0, 2000.0),
+    )
+    def adopt(self, owner: str | None, template: str | None, age: float) -> None:
+        full = len(self.boxes) >= self.maximum
+        box = Box(next(self.starts), "warm" if owner is None else "claimed", template, owner, beyond=full)
+        box.settled, box.warm_since, box.claimed_at = owner is not None, self.now - age, self.now - age
+        self.boxes[sandbox := f"adopted-{box.number}"] = box
+        unfit = owner is None and (full or self.outdated(sandbox))
+        self.tell(Adopted(sandbox, template, owner, age))
+        if unfit or self.stopped:
+            assert box.state == "gone"
+        elif not any(ask.own for ask in self.line.values()):  # for those it would make room
+            assert box.state != "gone"
+        self.tell(Adopted(sandbox, template, owner, age))  # once more: that changes nothing
+
+    @precondition(lambda self: self.boxes)
+    @rule(data=st.data())
+    def probe_fails(self, data: st.DataObject) -> None:
+        """Also of one that was claimed while it was asked: that one is its holder's."""
+        box = self.boxes[sandbox := self.pick(data, list(self.boxes))]
+        before = box.state
+        self.tell(ProbeFailed(sandbox))
+        assert box.state == ("gone" if before == "warm" else before)
+
+    @rule(template=st.sampled_from(["old", "new", "newer"]))
+    def template_is(self, template: str) -> None:
+        if self.newest[0] < 0 or self.newest[1] != template:
+            started = max((box.number for box in self.boxes.values()), default=0)
+            self.newest = (max(started, self.newest[0], 0), template)
+        self.tell(TemplateIs(template))
+
+    @rule(count=st.integers(0, 8), ago=st.floats(0.0, 100.0))
+    def schedule(self, count: int, ago: float) -> None:
+        self.scheduled = Scheduled(count, self.now - ago, "the timetable")
+        self.tell(self.scheduled)
+
+    @rule()
+    def engine_back(self) -> None:
+        self.failures, self.wake_at = 0, None
+        self.tell(EngineBack())
 
     @rule(sandbox=st.sampled_from(["s1", "s2", "never"]), kind=st.sampled_from([Exited, Released, Removed]))
     def late_news(self, sandbox: str, kind: type[Exited] | type[Released] | type[Removed]) -> None:
@@ -409,6 +544,29 @@ class PoolMachine(RuleBasedStateMachine):
                 self.removed_one(sandbox)
         raise AssertionError(f"still in line: {self.line}, still placed: {self.placed}")
 
+    @precondition(lambda self: not self.stopped)
+    @rule(really=st.sampled_from([False, False, False, True]))
+    def rests(self, really: bool) -> None:
+        """From any state: if nobody comes any more, exactly as many are warm as are kept, and none of them is old."""
+        if not really:
+            return
+        self.all_goes_well(True)
+        self.now += 2000.0
+        for _ in range(3):
+            self.now += SURPLUS_SECONDS + 1.0
+            for _ in range(3 * self.maximum + 10):
+                self.now += 1.0
+                self.tell(Tick())
+                for sandbox in self.of("starting"):
+                    self.started_one(sandbox)
+                for sandbox in self.of("gone"):
+                    self.removed_one(sandbox)
+        room = max(0, self.maximum - len(self.of("claimed")))
+        assert len(self.boxes) == len(self.of("warm", "claimed"))
+        assert len(self.of("warm")) == min(self.kept(), room)
+        assert all(self.now - self.boxes[sandbox].warm_since < self.max_age for sandbox in self.of("warm"))
+        assert self.state.stock.want.count == len(self.of("warm")), "it wants something else than it has"
+
     # What holds after each event.
 
     @invariant()
@@ -421,11 +579,11 @@ class PoolMachine(RuleBasedStateMachine):
 
     @invariant()
     def no_warm_one_is_outdated(self) -> None:
-        assert all(self.boxes[sandbox].template == self.newest[1] for sandbox in self.of("warm"))
+        assert not any(self.outdated(sandbox) for sandbox in self.of("warm"))
 
     @invariant()
     def bounds_hold(self) -> None:
-        assert len(self.boxes) <= self.maximum
+        assert len(self.boxes) - sum(box.beyond for box in self.boxes.values()) <= self.maximum
 
     @invariant()
     def nothing_stands_idle(self) -> None:
@@ -442,8 +600,10 @@ class PoolMachine(RuleBasedStateMachine):
         if heads and not plain:
             assert busy or not self.free(), "a place is free, and nothing starts for who waits"
         if not own and not self.backing_off():
-            refilling = unclaimed >= plain and len(self.of("starting")) >= max(1, self.concurrency // 2)
-            assert busy or refilling or not self.free() or unclaimed >= plain + self.minimum, "nothing refills"
+            empty = not plain and not self.of("warm", "claimed")
+            enough = self.concurrency if empty else max(1, self.concurrency // 2)
+            refilling = unclaimed >= plain and len(self.of("starting")) >= enough
+            assert busy or refilling or not self.free() or unclaimed >= plain + self.kept(), "nothing refills"
 
     @invariant()
     def an_idle_session_gives_way(self) -> None:
@@ -451,7 +611,9 @@ class PoolMachine(RuleBasedStateMachine):
         if len(owners) != 1 or self.free() or self.of("starting", "warm", "gone"):
             return
         (owner,) = owners
-        assert not self.idle(owner), "an owner waits although one of its own sessions is idle"
+        # Only a lower one, which is busy now, is waited for.
+        lowest = min(self.claimed_standings(owner), default=Standing.PASSING)
+        assert all(self.rank(box)[0] > lowest for box in self.idle(owner)), "one of its own sessions should give way"
         for other in OWNERS:
             assert not (self.idle(other) and self.held(other) > self.held(owner) + 1), "an unfair share is kept"
 
@@ -473,7 +635,7 @@ class PoolMachine(RuleBasedStateMachine):
 PoolMachine.TestCase.settings = settings(
     max_examples=150, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
-TestPoolMachine = PoolMachine.TestCase
+TestPoolMachine = pytest.mark.limit(120)(PoolMachine.TestCase)  # thousands of events, on a machine that may be busy
 
 
 # Single rules, as a reader would try them.
@@ -498,11 +660,13 @@ def occupy(state: PoolState, owner: str, count: int, *, idle_from: float | None,
     return sandboxes
 
 
-def test_the_pool_fills_to_its_minimum_with_half_of_what_may_start_at_once() -> None:
-    state = make_state(minimum=5, maximum=6, concurrency=4)
+def test_the_pool_fills_to_its_minimum_with_half_of_what_may_start_once_somebody_could_be_at_work() -> None:
+    state = make_state(minimum=6, maximum=6, concurrency=4)
     first = of_kind(state.handle(Tick(), 0.0), Start)
-    assert len(first) == 2
-    assert len(of_kind(state.handle(Started(first[0].sandbox), 0.0), Start)) == 1
+    assert len(first) == 4, "the pool is empty"
+    for start in first[:2]:
+        assert of_kind(state.handle(Started(start.sandbox), 0.0), Start) == []
+    assert len(of_kind(state.handle(Started(first[2].sandbox), 0.0), Start)) == 1
     assert state.counts()[SandboxState.STARTING] == 2
 
 
@@ -666,6 +830,140 @@ def test_a_claim_that_failed_is_first_in_line_again() -> None:
     assert of_kind(state.handle(Started(starts[0].sandbox), 0.0), Give)[0].claim == 1
     assert state.handle(ClaimFailed(1), 0.0)[0].sandbox == starts[0].sandbox  # type: ignore[union-attr]
     assert of_kind(state.handle(Started(starts[1].sandbox), 0.0), Give)[0].claim == 1
+
+
+def fill(state: PoolState, now: float = 0.0, template: str = "t") -> list[str]:
+    """Start all that the pool wants; return those that are warm."""
+    state.handle(Tick(), now)
+    while starting := [member.id for member in state.members.values() if member.state is SandboxState.STARTING]:
+        state.handle(Started(starting[0], template), now)
+    return [member.id for member in state.members.values() if member.state is SandboxState.WARM]
+
+
+def test_one_more_than_is_wanted_is_given_back_after_a_minute_and_the_oldest_goes() -> None:
+    state = make_state(minimum=1, concurrency=1)
+    (first,) = fill(state)
+    (start,) = of_kind(state.handle(Scheduled(2, 0.0, "the timetable"), 10.0), Start)
+    state.handle(Started(start.sandbox, "t"), 12.0)
+    state.handle(Scheduled(0), 20.0)
+    assert state.handle(Tick(), 79.0) == []
+    assert state.handle(Tick(), 80.0) == [Remove(first, ExitCause.REQUESTED)]
+    assert state.handle(Tick(), 82.0) == []
+
+
+def test_what_is_claimed_and_comes_back_within_the_minute_is_no_surplus() -> None:
+    state = make_state(minimum=1, concurrency=1)
+    fill(state)
+    (start,) = of_kind(state.handle(Scheduled(2, 0.0, "the timetable"), 10.0), Start)
+    state.handle(Started(start.sandbox, "t"), 12.0)
+    state.handle(Scheduled(0), 20.0)
+    state.handle(ClaimAsked(1, "ada"), 50.0)
+    assert not of_kind(state.handle(Tick(), 200.0), Remove)
+
+
+def test_an_old_one_stays_until_a_younger_one_is_warm() -> None:
+    state = make_state(minimum=1, max_age=100.0)
+    (old,) = fill(state)
+    assert state.handle(Tick(), 99.0) == []
+    (start,) = state.handle(Tick(), 100.0)
+    assert isinstance(start, Start)
+    assert state.stock.want.why == "1 kept warm, and 1 to take the place of an old one"
+    assert state.handle(Tick(), 101.0) == []
+    state.handle(Started(start.sandbox, "t"), 103.0)
+    assert state.handle(Tick(), 104.0) == [Remove(old, ExitCause.REQUESTED)]
+    state.handle(Removed(old), 105.0)
+    assert state.handle(Tick(), 106.0) == [] and state.stock.want.count == 1
+
+
+def test_in_a_full_pool_an_old_one_makes_room_and_only_one_at_a_time() -> None:
+    state = make_state(minimum=2, maximum=2, max_age=100.0)
+    first, second = fill(state)
+    assert state.handle(Tick(), 100.0) == [Remove(first, ExitCause.REQUESTED)]
+    assert state.handle(Tick(), 101.0) == []
+    (start,) = state.handle(Removed(first), 102.0)
+    assert isinstance(start, Start)
+    assert state.handle(Tick(), 103.0) == []
+    state.handle(Started(start.sandbox, "t"), 104.0)
+    assert state.handle(Tick(), 105.0) == [Remove(second, ExitCause.REQUESTED)]
+
+
+def test_while_starts_fail_an_old_one_is_better_than_none() -> None:
+    state = make_state(minimum=2, maximum=2, max_age=100.0)
+    first, second = fill(state)
+    state.handle(Exited(first), 90.0)
+    (start,) = of_kind(state.handle(Removed(first), 91.0), Start)
+    state.handle(StartFailed(start.sandbox), 99.9)
+    assert state.handle(Tick(), 100.2) == [], f"{second} went"
+    (start,) = state.handle(Tick(), 100.5)
+    assert isinstance(start, Start)
+
+
+def test_a_start_from_before_the_template_changed_is_outdated_when_it_is_warm() -> None:
+    state = make_state(minimum=2, concurrency=4)
+    first, second = of_kind(state.handle(Tick(), 0.0), Start)
+    state.handle(Started(first.sandbox, "old"), 0.0)
+    assert Remove(first.sandbox, ExitCause.REQUESTED) in state.handle(TemplateIs("new"), 1.0)
+    assert Remove(second.sandbox, ExitCause.REQUESTED) in state.handle(Started(second.sandbox, "old"), 2.0)
+
+
+def test_a_template_that_is_told_again_changes_nothing() -> None:
+    state = make_state(minimum=1)
+    fill(state, template="new")
+    assert state.handle(TemplateIs("new"), 1.0) == []
+
+
+def test_those_adopted_beyond_max_go_before_anybody_else_gets_a_place() -> None:
+    state = make_state(maximum=2)
+    for number in range(4):
+        assert state.handle(Adopted(f"a{number}", "t", "ada", 0.0), 0.0) == []
+        state.handle(Touched(f"a{number}", float(number)), 5.0)
+    gone: list[str] = []
+    state.handle(ClaimAsked(1, "ada"), 6.0)
+    for now in range(7, 12):
+        state.handle(Tick(), float(now))
+        gone += [member.id for member in state.members.values() if member.state is SandboxState.GONE]
+        for sandbox in [member.id for member in state.members.values() if member.state is SandboxState.GONE]:
+            starts = of_kind(state.handle(Removed(sandbox), float(now)), Start)
+            if starts:
+                assert gone == ["a0", "a1", "a2"], "as many as are too many, and one more for who waits"
+                return
+    raise AssertionError("who waits got nothing")
+
+
+def test_adoption_starts_nothing_before_all_are_there() -> None:
+    state = make_state(minimum=2)
+    assert state.handle(Adopted("held", "t", "ada", 0.0), 0.0) == []
+    assert state.handle(Adopted("warm", "t", None, 0.0), 0.0) == []
+    assert len(of_kind(state.handle(Tick(), 0.0), Start)) == 1
+
+
+def test_a_schedule_counts_those_who_came_and_still_are_there() -> None:
+    state = make_state(maximum=10, concurrency=2)
+    state.handle(ClaimAsked(1, "early"), 50.0)
+    sandbox = next(iter(state.members))
+    state.handle(Started(sandbox, "t"), 55.0)
+    state.handle(ClaimSettled(1), 55.0)
+    state.handle(Scheduled(3, 100.0, "3 python on Mondays 08:55-10:00"), 100.0)
+    assert state.stock.want.count == 3, "the early one is not of the class"
+    (warm, *_) = fill(state, 100.0)
+    state.handle(ClaimAsked(2, "pupil"), 110.0)
+    state.handle(ClaimSettled(2), 110.0)
+    assert state.stock.want.count == 2
+    assert state.stock.want.why == "2 kept warm (scheduled: 3 python on Mondays 08:55-10:00; 1 of them claimed)"
+    state.handle(Released(warm), 120.0)
+    assert state.stock.want.count == 3
+
+
+def test_a_stop_that_keeps_takes_only_what_is_nobodys() -> None:
+    state = make_state(minimum=2, maximum=6, concurrency=2)
+    warm = fill(state)
+    (given,) = of_kind(state.handle(ClaimAsked(1, "ada"), 0.0), Give)
+    state.handle(ClaimSettled(1), 0.0)
+    (unsettled,) = of_kind(state.handle(ClaimAsked(2, "bob"), 0.0), Give)
+    starting = [member.id for member in state.members.values() if member.state is SandboxState.STARTING]
+    assert starting and {given.sandbox, unsettled.sandbox} == set(warm)
+    removed = of_kind(state.handle(Stop(keep=True), 0.0), Remove)
+    assert {remove.sandbox for remove in removed} == {unsettled.sandbox, *starting}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,9 @@ import pytest
 
 from benchmarks import report
 from gateway.app import GatewayApp
+from gateway.cli import COMMANDS
 from gateway.settings import KNOWN_NAMES, environment_names
+from kernelprovisioner.sandbox_exit import ExitCause
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -62,11 +64,19 @@ def test_the_readme_shows_the_results() -> None:
         assert report.percentile(samples[row["case"]], 0.99) == pytest.approx(row["p99_ms"], abs=0.001)
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/configuration.md", "docs/decisions.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "CONTRIBUTING.md", "docs/configuration.md", "docs/decisions.md", "docs/operating.md"]
+)
 def test_links_lead_somewhere(name: str) -> None:
     path = ROOT / name
     for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
         assert (path.parent / target).exists(), target
+
+
+def test_the_operators_guide_knows_all_causes_and_only_commands_that_exist() -> None:
+    text = (ROOT / "docs" / "operating.md").read_text()
+    assert set(re.findall(r"^\| `(\w+)` \| .*? \| .*? \|$", text, re.MULTILINE)) == set(ExitCause)
+    assert set(re.findall(r"(?:`|/bin/)samovar (\w+)", text)) <= set(COMMANDS)
 
 
 def test_every_target_of_the_contributing_page_exists() -> None:

@@ -18,6 +18,7 @@ from kernelprovisioner.runtime import (
     RuntimeRoot,
     check_socket_path,
     default_root,
+    owner_lives,
 )
 
 SANDBOX = "0123456789abcdef"
@@ -197,9 +198,53 @@ def test_an_owner_that_cannot_be_seen_is_left_alone(short_directory: Path, root:
     assert OwnerDirectory.take_over(short_directory / "11111111") is None
 
 
+def test_whether_an_owner_lives_can_be_asked_without_touching_it(root: RuntimeRoot) -> None:
+    owner = root.owner_directory()
+    assert owner_lives(owner.path)
+    owner.release()
+    assert not owner_lives(owner.path)
+    [dead] = root.dead_owners()
+    assert dead.path == owner.path, "asking has not taken it"
+    dead.close()
+    assert not owner_lives(root.path / "0" / "gone")
+
+
+def test_what_gateways_launched_with_is_known_until_they_are_continued_or_gone(root: RuntimeRoot) -> None:
+    provisioner, gateway = root.owner_directory(), root.owner_directory()
+    provisioner.write_kind("process")
+    gateway.mark_gateway()
+    assert root.gateway_kinds() == []
+    gateway.write_kind("docker engine")
+    gateway.release()
+    assert root.gateway_kinds() == ["docker engine"]
+    provisioner.close()
+
+
 def test_an_owner_that_died_before_it_had_a_lock_is_dead(root: RuntimeRoot) -> None:
     (root.path / "22222222").mkdir()
     (dead,) = root.dead_owners()
     assert dead.read_kind() is None
     dead.close()
     assert not (root.path / "22222222").exists()
+
+
+def test_a_dead_gateway_waits_for_its_successor_only(
+    root: RuntimeRoot, other_process: tuple[Path, subprocess.Popen[str]]
+) -> None:
+    path, process = other_process
+    (path / "role").write_text("gateway")
+    process.kill()
+    process.wait()
+    assert root.dead_owners() == []
+    assert OwnerDirectory.take_over(path) is None
+    (dead,) = root.dead_owners(gateways=True)
+    assert dead.path == path and dead.is_gateways
+    dead.continue_as_gateway()
+    assert not (path / "dead").exists()
+    dead.release()
+    # Once it has been known to be dead for long enough, nobody waits any more.
+    assert root.dead_owners() == []
+    os.utime(path / "dead", (0, 0))
+    (dead,) = root.dead_owners()
+    dead.close()
+    assert not path.exists()

@@ -11,6 +11,10 @@ from kernelprovisioner import sizing
 counts = st.integers(min_value=0, max_value=200)
 
 
+def kept(count: int) -> sizing.Want:
+    return sizing.Want(count, f"{count} kept warm")
+
+
 @pytest.mark.parametrize(
     ("minimum", "waiting", "room", "count", "why"),
     [
@@ -22,7 +26,14 @@ counts = st.integers(min_value=0, max_value=200)
     ],
 )
 def test_what_is_wanted_and_why(minimum: int, waiting: int, room: int, count: int, why: str) -> None:
-    assert sizing.wanted(minimum, waiting, room) == sizing.Want(count, why)
+    assert sizing.wanted(kept(minimum), waiting, room) == sizing.Want(count, why)
+
+
+@pytest.mark.parametrize(("room", "count"), [(10, 5), (4, 4)])
+def test_one_takes_the_place_of_another(room: int, count: int) -> None:
+    want = sizing.wanted(kept(2), 2, room, replaced=True)
+    assert want.count == count
+    assert want.why.startswith("2 waiting and 2 kept warm, and 1 to take the place of an old one")
 
 
 @given(
@@ -32,15 +43,16 @@ def test_what_is_wanted_and_why(minimum: int, waiting: int, room: int, count: in
     unclaimed=counts,
     starting=counts,
     concurrency=st.integers(min_value=1, max_value=64),
+    empty=st.booleans(),
 )
 def test_never_more_than_fits_nor_than_may_start_at_once(
-    minimum: int, waiting: int, room: int, unclaimed: int, starting: int, concurrency: int
+    minimum: int, waiting: int, room: int, unclaimed: int, starting: int, concurrency: int, empty: bool
 ) -> None:
-    want = sizing.wanted(minimum, waiting, room).count
-    starts = sizing.starts_now(want, waiting, unclaimed, starting, concurrency)
+    want = sizing.wanted(kept(minimum), waiting, room).count
+    starts = sizing.starts_now(want, waiting, unclaimed, starting, concurrency, empty=empty)
     assert 0 <= starts <= max(0, concurrency - starting)
     assert starts == 0 or unclaimed + starts <= min(room, waiting + minimum)
-    if starts and unclaimed + starts > min(want, waiting):
+    if starts and unclaimed + starts > min(want, waiting) and (waiting or not empty):
         assert starting + starts <= max(1, concurrency // 2), "spare sandboxes take the cores of those at work"
 
 
@@ -59,6 +71,12 @@ def test_how_many_start_now(
     want: int, waiting: int, unclaimed: int, starting: int, concurrency: int, starts: int
 ) -> None:
     assert sizing.starts_now(want, waiting, unclaimed, starting, concurrency) == starts
+
+
+def test_an_empty_pool_is_filled_with_all_that_may_start() -> None:
+    assert sizing.starts_now(4, 0, 0, 0, 2, empty=True) == 2
+    assert sizing.starts_now(1, 0, 0, 0, 2, empty=True) == 1
+    assert sizing.starts_now(4, 1, 0, 0, 2, empty=True) == 1, "who waits has the cores for itself"
 
 
 def test_backoff_doubles_up_to_its_bound() -> None:
