@@ -8,7 +8,7 @@ ARGS   ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test unit lint format bench clean
+.PHONY: help run test unit lint format bench chaos soak clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | sort
@@ -33,6 +33,13 @@ format: $(VENV)/.installed-dev  ## let ruff put the code in order
 
 bench: $(VENV)/.installed-test  ## measure, write benchmarks/results.json and the README's table
 	@$(BIN)/python -m tests.services $(BIN)/python -m benchmarks $(ARGS)
+
+chaos: $(VENV)/.installed-test  ## ten minutes of chaos (SAMOVAR_CHAOS_SEED=n repeats a run)
+	@SAMOVAR_CHAOS_SECONDS=$${SAMOVAR_CHAOS_SECONDS:-600} $(BIN)/python -m tests.services \
+		$(BIN)/python -m pytest -s tests/chaos/test_chaos.py $(ARGS)
+
+soak: $(VENV)/.installed-test  ## 10,000 executions; draws docs/soak.svg
+	@$(BIN)/python -m tests.services $(BIN)/python -m tests.chaos.soak docs/soak.svg
 
 clean:  ## remove what the targets above made (installed system packages stay)
 	rm -rf $(VENV) .cache build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -18,6 +18,8 @@ import zmq
 
 from kernelprovisioner.images import KernelImage
 
+#: the cell of all latencies
+CODE = "print(1)"
 _DELIMITER = b"<IDS|MSG>"
 _ANSWER_TIMEOUT = 30.0
 _START_TIMEOUT = 60.0
@@ -163,6 +165,11 @@ class StockKernel:
             self._container.remove(force=True, v=True)
             self._container = None
         self._engine.close()
+
+    @property
+    def container_id(self) -> str:
+        """The engine's id of its container, which runs."""
+        return str(self._container.id)
 
     @property
     def engine_version(self) -> str:

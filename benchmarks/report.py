@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from benchmarks.figures import Figure, figures_table
+from benchmarks.levels import LevelSummary, load_table
+from benchmarks.percentiles import percentile
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results.json"
@@ -34,6 +37,8 @@ CASES: dict[str, tuple[str, Bar | None]] = {
     "claim": ("claim of a warm sandbox, while the pool refills", Bar(0.6, 4.0)),
     "first": ("new session to first result, from a full pool", Bar(2.5)),
     "first_refilling": ("the same, while the pool refills", None),
+    "live_quiet": ("`POST /exec` in a live session, beside a pool of ten at rest", None),
+    "live_refilling": ("the same, while that pool refills", None),
 }
 
 
@@ -51,11 +56,6 @@ class Result:
     bar_p50: float | None
     bar_p99: float | None
     held: bool | None
-
-
-def percentile(samples: Sequence[float], share: float) -> float:
-    """The smallest sample that at least `share` of all samples do not exceed."""
-    return sorted(samples)[max(0, math.ceil(share * len(samples)) - 1)]
 
 
 def result(case: str, samples: Sequence[float], baseline: Sequence[float]) -> Result:
@@ -81,12 +81,30 @@ def result(case: str, samples: Sequence[float], baseline: Sequence[float]) -> Re
 
 
 def table(document: Mapping[str, Any]) -> str:
-    """The README's table, as Markdown."""
+    """The README's tables, as Markdown: those of what was measured, and what it depends on."""
+    parts = [
+        write_rows(document[name])
+        for name, write_rows in (("results", latency_table), ("load", load_table), ("figures", figures_table))
+        if document.get(name)
+    ]
+    versions = document["versions"]
+    load = f", load average {versions['load_before']:g} before" if "load_before" in versions else ""
+    parts.append(
+        f"{versions['cpus']} cores{load}, Docker {versions['engine']}, Python {versions['python']}, "
+        f"ipykernel {versions['ipykernel']}, pyzmq {versions['pyzmq']}. An absolute time says little on another "
+        "machine; the ratio to a bare round trip, measured interleaved in the same run, does. "
+        "The cell is `print(1)`; raw samples are in `benchmarks/samples.json`."
+    )
+    return "\n\n".join(parts)
+
+
+def latency_table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """The latencies as a Markdown table."""
     lines = [
         "| what | p50 | p99 | p50 ÷ bare round trip | bar |",
         "|---|---:|---:|---:|---:|",
     ]
-    for row in document["results"]:
+    for row in rows:
         bar = "" if row["bar_p50"] is None else f"≤ {row['bar_p50']:g}"
         if row["bar_p99"] is not None:
             bar += f" (p99 ≤ {row['bar_p99']:g})"
@@ -97,15 +115,6 @@ def table(document: Mapping[str, Any]) -> str:
         if row["bar_p99"] is not None:
             ratio += f" (p99 {row['ratio_p99']:.2f})"
         lines.append(f"| {what} | {row['p50_ms']:.2f} ms | {row['p99_ms']:.2f} ms | {ratio} | {bar} |")
-    versions = document["versions"]
-    load = f", load average {versions['load_before']:g} before" if "load_before" in versions else ""
-    lines += [
-        "",
-        f"{versions['cpus']} cores{load}, Docker {versions['engine']}, Python {versions['python']}, "
-        f"ipykernel {versions['ipykernel']}, pyzmq {versions['pyzmq']}. An absolute time says little on another "
-        "machine; the ratio to a bare round trip, measured interleaved in the same run, does. "
-        "The cell is `print(1)`; raw samples are in `benchmarks/samples.json`.",
-    ]
     return "\n".join(lines)
 
 
@@ -118,11 +127,52 @@ def readme_with(text: str, document: Mapping[str, Any]) -> str:
     return f"{before}{BEGIN}\n{table(document)}\n{END}{after}"
 
 
-def write(results: Sequence[Result], samples: Mapping[str, Sequence[float]], versions: Mapping[str, Any]) -> None:
-    """Write results.json, the raw samples beside it, and the README's table."""
-    document = {"versions": dict(versions), "results": [asdict(row) for row in results]}
-    RESULTS.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    rounded = {case: [round(value, 3) for value in values] for case, values in samples.items()}
+@dataclass(frozen=True)
+class Measured:
+    """Everything that one run found. `samples` are the raw ones, in milliseconds or in the unit of their figure."""
+
+    versions: Mapping[str, Any]
+    results: Sequence[Result]
+    load: Sequence[LevelSummary]
+    figures: Sequence[Figure]
+    samples: Mapping[str, Sequence[float]]
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """What results.json holds."""
+        return {
+            "versions": dict(self.versions),
+            "results": [asdict(row) for row in self.results],
+            "load": [asdict(row) for row in self.load],
+            "figures": [asdict(row) for row in self.figures],
+        }
+
+    @property
+    def missed(self) -> list[str]:
+        """A line for each bar that was missed."""
+        return [
+            *(
+                f"{row.case}: p50 {row.ratio_p50:g} × (p99 {row.ratio_p99:g} ×)"
+                for row in self.results
+                if row.held is False
+            ),
+            *(
+                f"{row.clients} clients on live sessions: p99 {row.ratio_p99} ×, errors {row.errors}"
+                for row in self.load
+                if row.held is False
+            ),
+        ]
+
+
+def samples_text(samples: Mapping[str, Sequence[float]]) -> str:
+    """Raw samples as JSON, one case a line."""
+    rounded = {case: [round(value, 4) for value in values] for case, values in samples.items()}
     lines = ",\n".join(f" {json.dumps(case)}: {json.dumps(values)}" for case, values in rounded.items())
-    SAMPLES.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
-    README.write_text(readme_with(README.read_text(encoding="utf-8"), document), encoding="utf-8")
+    return f"{{\n{lines}\n}}\n"
+
+
+def write(measured: Measured) -> None:
+    """Write results.json, the raw samples beside it, and the README's tables."""
+    RESULTS.write_text(json.dumps(measured.document, indent=1) + "\n", encoding="utf-8")
+    SAMPLES.write_text(samples_text(measured.samples), encoding="utf-8")
+    README.write_text(readme_with(README.read_text(encoding="utf-8"), measured.document), encoding="utf-8")

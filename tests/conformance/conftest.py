@@ -149,6 +149,22 @@ def conformance_gateway(docker_url: str, kernel_image: str) -> Iterator[GatewayP
         assert not list(process.runtime.glob("k/*")), "a kernel's link was left"
 
 
+def client_environment(runtime: Path, docker_url: str, kernelspec_prefix: Path, directory: Path) -> dict[str, str]:
+    """What a stock client needs in its environment to find kernelspec, runtime directory and engine."""
+    return {
+        "SAMOVAR_RUNTIME_DIR": str(runtime),
+        "SAMOVAR_LAUNCHER": "docker",
+        "DOCKER_BASE_URL": docker_url,
+        "JUPYTER_PATH": str(kernelspec_prefix / "share" / "jupyter"),
+        "JUPYTER_CONFIG_DIR": str(directory / "config"),
+        "JUPYTER_RUNTIME_DIR": str(directory / "jupyter"),
+        "IPYTHONDIR": str(directory / "ipython"),
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, (str(ROOT), str(ROOT / "kernel-images"), os.environ.get("PYTHONPATH")))
+        ),
+    }
+
+
 @pytest.fixture(params=["alone", "gateway"])
 def place(
     request: pytest.FixtureRequest,
@@ -167,19 +183,7 @@ def place(
         runtime = gateway.runtime
     work = short_directory / "work"
     work.mkdir()
-    ours = {
-        "SAMOVAR_RUNTIME_DIR": str(runtime),
-        "SAMOVAR_LAUNCHER": "docker",
-        "DOCKER_BASE_URL": docker_url,
-        "JUPYTER_PATH": str(kernelspec_prefix / "share" / "jupyter"),
-        "JUPYTER_CONFIG_DIR": str(short_directory / "config"),
-        "JUPYTER_RUNTIME_DIR": str(short_directory / "jupyter"),
-        "IPYTHONDIR": str(short_directory / "ipython"),
-        "PYTHONPATH": os.pathsep.join(
-            filter(None, (str(ROOT), str(ROOT / "kernel-images"), os.environ.get("PYTHONPATH")))
-        ),
-    }
-    for name, value in ours.items():
+    for name, value in client_environment(runtime, docker_url, kernelspec_prefix, short_directory).items():
         monkeypatch.setenv(name, value)
     yield Place(work, dict(os.environ), docker_url, gateway, created)
     assert not list(runtime.glob("k/*")), "a kernel's link was left"

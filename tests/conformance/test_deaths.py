@@ -78,7 +78,8 @@ def killed_when_it_says_ready(place: Place) -> Iterator[list[float]]:
         with contextlib.closing(docker.DockerClient(base_url=place.docker_url, timeout=30)) as client:
             deadline = time.monotonic() + 60
             while time.monotonic() < deadline:
-                for container in client.containers.list(filters={"label": "com.samovar.managed=true"}):
+                found = client.containers.list(filters={"label": "com.samovar.managed=true"}, ignore_removed=True)
+                for container in found:
                     if _cell_runs(container):
                         killed.append(time.time())
                         container.kill()

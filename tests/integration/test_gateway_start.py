@@ -176,7 +176,7 @@ def test_a_full_line_is_refused_with_retry_after(directory: Path, docker_url: st
 
 
 @pytest.mark.service
-def test_what_a_killed_gateway_left_is_gone_after_the_next_start(
+def test_what_a_killed_gateway_left_belongs_to_the_next_one_and_goes_with_it(
     directory: Path, docker_url: str, kernel_image: str
 ) -> None:
     settings = {"CONTAINER_POOL_PY_MIN": "1", "CONTAINER_POOL_PY_MAX": "3"}
@@ -192,7 +192,7 @@ def test_what_a_killed_gateway_left_is_gone_after_the_next_start(
         following.start()
         try:
             assert following.exec("print(1)")["stdout"] == "1\n"
-            assert not client.containers.list(all=True, filters={"id": old})
+            assert client.containers.list(filters={"id": old})
         finally:
             assert following.stop() == 0
         own = {"label": [services.LABEL]}
@@ -210,7 +210,8 @@ def test_detailed_health_knows_engine_pool_and_image(directory: Path, docker_url
     try:
         report = gateway.call("GET", "/health/detailed", headers={"x-api-key": ""})
         assert report.status == 200
-        assert set(report.body["services"]) == {"engine", "pool:python", "image:python"}
+        directories = {f"directory:{name}" for name in ("runtime", "data", "temporary")}
+        assert set(report.body["services"]) == {"engine", "pool:python", "image:python", *directories}
         assert report.body["services"]["engine"]["isolated"] is True
         pool = gateway.call("GET", "/metrics/pool", headers={"x-api-key": ""}).body["pool"]["python"]
         assert (pool["min"], pool["max"]) == (1, 1)
