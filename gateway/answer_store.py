@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TypeVar
 
 STORE_FILE = "answers.sqlite"
-#: How long an answer is kept, in seconds; and how many of them, and their bytes: past it the oldest go.
+#: How long an answer is kept, in seconds; and how many of them, and their bytes: past it the oldest go, of the owner
+#: that has most.
 KEPT_SECONDS = 24 * 3600.0
 MAX_ANSWERS = 10_000
 MAX_BYTES = 256 * 1024 * 1024
@@ -115,6 +116,8 @@ class AnswerStore:
         return await self._call(self._unanswered, gateway)
 
     async def _call(self, function: Callable[..., T], *arguments: object) -> T:
+        if self._closed and function != self._close:
+            raise StoreError(f"{self.path}: it is closed, since the gateway stops")
         work = functools.partial(self._guarded, function, *arguments)
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
@@ -176,16 +179,23 @@ class AnswerStore:
 
     def _answered(self, call: KeyedCall, answer: bytes) -> None:
         database = self._open()
-        database.execute(
+        found = database.execute(
             "UPDATE calls SET answer = ?, size = ?, at = ? WHERE owner = ? AND key = ?",
             (answer, len(answer), time.time(), call.owner, call.key),
         )
+        if not found.rowcount:
+            raise StoreError(f"{self.path}: what was recorded of the call before it ran is not there any more")
         count, size = database.execute("SELECT count(*), sum(size) FROM calls").fetchone()
         if count > MAX_ANSWERS or size > MAX_BYTES:
+            # What somebody keeps costs others nothing: rows go by how much younger their own owner has. One that is not
+            # answered stays: it is all that keeps its cell from running twice.
             database.execute(
-                "DELETE FROM calls WHERE rowid IN (SELECT rowid FROM (SELECT rowid, row_number() OVER newest AS number,"
-                " sum(size) OVER newest AS bytes FROM calls WINDOW newest AS (ORDER BY at DESC, rowid DESC))"
-                " WHERE number > ? OR bytes > ?)",
+                "WITH own AS (SELECT rowid AS id, at, size, row_number() OVER newest AS number, sum(size) OVER newest"
+                " AS bytes FROM calls WHERE answer IS NOT NULL"
+                " WINDOW newest AS (PARTITION BY owner ORDER BY at DESC, rowid DESC))"
+                " DELETE FROM calls WHERE rowid IN (SELECT id FROM (SELECT id,"
+                " row_number() OVER (ORDER BY number, at DESC, id DESC) AS number,"
+                " sum(size) OVER (ORDER BY bytes, at DESC, id DESC) AS bytes FROM own) WHERE number > ? OR bytes > ?)",
                 (MAX_ANSWERS, MAX_BYTES),
             )
 

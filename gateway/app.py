@@ -119,6 +119,7 @@ class GatewayApp(Application):
         "launcher": "GatewayApp.launcher",
         "config": "GatewayApp.config_file",
         "data-dir": "GatewayApp.data_dir",
+        "runtime-dir": "GatewayApp.runtime_dir",
         "log-level": "GatewayApp.log_level",
     }
     flags = {  # noqa: RUF012

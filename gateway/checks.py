@@ -19,6 +19,10 @@ from kernelprovisioner.launchers.docker_engine import ENGINE_ERRORS, explain, ne
 
 #: An engine that takes longer for its version is slow: it usually needs some milliseconds.
 SLOW_SECONDS = 2.0
+#: What to do about one.
+BUSY_ENGINE = "see what keeps the engine busy (disk, memory, other containers)"
+#: What to do where only the engine could tell.
+SEE_ENGINE = "see what is said of the engine"
 #: Less free space than this is told before it runs out.
 LOW_BYTES = 16 * 2**20
 _LOW_INODES = 256
@@ -42,6 +46,11 @@ class Finding:
         """Return the finding for a JSON answer."""
         told = {"error": self.error, "remedy": self.remedy}
         return {"status": self.status, **{name: text for name, text in told.items() if text is not None}, **self.facts}
+
+
+def temporary_directory() -> Path:
+    """Where temporary files go. Not tempfile's own choice: where /tmp is full it takes another one, or raises."""
+    return Path(os.environ.get("TMPDIR") or "/tmp")
 
 
 def check_directory(path: Path, needed_for: str, *, when_full: Status = "unhealthy") -> Finding:
@@ -90,7 +99,7 @@ def check_engine(url: str, timeout: float) -> Finding:
     facts["answered_in_ms"] = round(took * 1000, 1)
     if took > SLOW_SECONDS:
         text = f"the container engine at {url} is slow: it took {took:.1f} s to answer"
-        return Finding("degraded", text, "see what keeps the engine busy (disk, memory, other containers)", facts)
+        return Finding("degraded", text, BUSY_ENGINE, facts)
     return Finding("healthy", facts=facts)
 
 
@@ -105,7 +114,7 @@ def check_image(url: str, image: KernelImage, data_directory: Path, timeout: flo
             client.close()
     except (BuildError, *ENGINE_ERRORS) as error:
         reason = error if isinstance(error, BuildError) else explain(error)
-        return Finding("degraded", f"whether {image.tag} is there is not known: {reason}")
+        return Finding("degraded", f"whether {image.tag} is there is not known: {reason}", SEE_ENGINE)
     if built is None:
         return Finding("unhealthy", f"the container image {image.tag} is missing", f"run: {build}")
     facts = {

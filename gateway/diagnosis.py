@@ -9,7 +9,6 @@ import resource
 import socket
 import stat
 import struct
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,13 @@ from jupyter_client.kernelspec import KernelSpecManager
 
 from gateway.app import GatewayApp
 from gateway.auth import KEY_FILE
-from gateway.checks import check_directory, check_engine, check_image
+from gateway.checks import check_directory, check_engine, check_image, temporary_directory
 from gateway.errors import StartError
 from gateway.settings import PoolSettings, SandboxLimits
 from gateway.verdicts import (
     Judgement,
     Served,
+    counted,
     failure,
     good,
     judge_bounds,
@@ -38,7 +38,13 @@ from gateway.verdicts import (
 from kernelprovisioner.images import ImageError, read_images
 from kernelprovisioner.inventory import Inventory, Life, take_inventory
 from kernelprovisioner.launchers.docker_engine import ENGINE_ERRORS, explain
-from kernelprovisioner.runtime import ENVIRONMENT_NAME, RuntimeDirectoryError, check_length, check_private
+from kernelprovisioner.runtime import (
+    CLAIM_SOCKET,
+    ENVIRONMENT_NAME,
+    RuntimeDirectoryError,
+    check_length,
+    check_private,
+)
 
 _ENGINE_SECONDS = 5.0
 _HTTP_SECONDS = 8.0
@@ -77,7 +83,10 @@ def configuration(app: GatewayApp) -> tuple[list[Served], list[Judgement]]:
         pools = PoolSettings(parent=app)
         pools.check_names(there)
         chosen = [there[name] for name in app.images] if app.images else list(there.values())
-        served = [Served(SandboxLimits(parent=app).applied_to(image), pools.of(image)) for image in chosen]
+        served = [
+            Served(SandboxLimits(parent=app).applied_to(image), pools.of(image), pools.upkeep_of(image).schedule)
+            for image in chosen
+        ]
     except (StartError, ImageError) as error:
         return [], [failure(what, str(error), mend)]
     except KeyError as error:
@@ -121,9 +130,7 @@ def directories(app: GatewayApp, root: Path, info: Mapping[str, Any]) -> list[Ju
     found = [
         check_place("data directory", data, "the API key, the log and recorded answers", "SAMOVAR_DATA_DIR"),
         check_runtime_directory(root),
-        check_place(
-            "temporary directory", Path(tempfile.gettempdir()), "building images and running notebooks", "TMPDIR"
-        ),
+        check_temporary_directory(),
     ]
     theirs = Path(str(info.get("DockerRootDir") or ""))
     if app.docker_url.startswith("unix:") and theirs.is_absolute() and os.access(theirs, os.W_OK | os.X_OK):
@@ -141,6 +148,13 @@ def check_place(what: str, path: Path, needed_for: str, variable: str) -> Judgem
         return _to_be_made(what, path, variable)
     finding = check_directory(path, needed_for)
     return judged(what, finding, f"{path} is there and writable, {_room(finding.facts)} free")
+
+
+def check_temporary_directory() -> Judgement:
+    """Whether files can be made where temporary ones go."""
+    path = temporary_directory()
+    finding = check_directory(path, "building images and running notebooks")
+    return judged("temporary directory", finding, f"{path} is writable, {_room(finding.facts)} free")
 
 
 def check_runtime_directory(path: Path) -> Judgement:
@@ -211,7 +225,7 @@ def limits(served: Iterable[Served], info: Mapping[str, Any]) -> list[Judgement]
 
 def gateway(app: GatewayApp, root: Path, found: Inventory) -> list[Judgement]:
     """The claim socket, the port, and what a running gateway says of itself."""
-    claims, pid = check_claim_socket(root / "claim.sock")
+    claims, pid = check_claim_socket(root / CLAIM_SOCKET)
     owners = [owner for owner in found.owners if owner.is_gateway and owner.life is Life.ALIVE]
     runs = pid is not None or any(owner.path.parent == root for owner in owners)
     return [claims, *check_port(app, runs)]
@@ -300,8 +314,11 @@ def leftovers(found: Inventory) -> list[Judgement]:
     if not dead:
         return [*findings, good("leftovers", "none: every sandbox has an owner that lives")]
     awaited = any(owner.is_awaited for owner in dead)
-    mend = "samovar serve (it takes them up), or samovar reap (it removes them)" if awaited else "samovar reap"
-    said = f"{len(dead)} owners are gone and left {count} sandboxes"
+    mend = "samovar reap"
+    if awaited:
+        mend = "samovar serve (it takes up those that still run, removes the others), or samovar reap (it removes all)"
+    who = "1 owner is" if len(dead) == 1 else f"{len(dead)} owners are"
+    said = f"{who} gone and left {counted(count, 'sandbox', 'es')}"
     return [*findings, warning("leftovers", said, mend)]
 
 

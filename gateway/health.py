@@ -62,5 +62,5 @@ async def _timed(check: Check) -> dict[str, Any]:
     except TimeoutError:
         found = {"status": "unhealthy", "error": f"no answer within {_CHECK_SECONDS:g} s"}
     except Exception as error:
-        found = {"status": "unhealthy", "error": str(error)}
+        found = {"status": "unhealthy", "error": str(error) or type(error).__name__}
     return {**found, "response_time_ms": round((time.monotonic() - began) * 1000, 2)}

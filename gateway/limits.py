@@ -39,8 +39,8 @@ class Reservations:
         most = self.bounds.executions
         if most is not None and self._executions[owner] >= most:
             raise too_many(
-                f"At most {most} executions of one API key's owner may be under way (OwnerLimits.max_executions), "
-                "and so many are.",
+                f"The owner of this API key has as many executions under way as it may have: {most} "
+                "(OwnerLimits.max_executions).",
                 "max_executions",
                 _EXECUTION_RETRY,
             )
@@ -61,8 +61,9 @@ class Reservations:
         room = self.room(owner, held)
         if room is not None and room <= 0:
             raise too_many(
-                f"At most {self.bounds.sessions} sessions of one API key's owner may hold a sandbox "
-                "(OwnerLimits.max_sessions), and so many do: end one (DELETE /api/v1/sessions/ID), or come back later.",
+                f"The owner of this API key has as many sessions that hold a sandbox as it may have: "
+                f"{self.bounds.sessions} (OwnerLimits.max_sessions). End one (DELETE /api/v1/sessions/ID), or come "
+                "back later.",
                 "max_sessions",
                 _SESSION_RETRY,
             )

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from gateway.cli.terminal import one_line
 from gateway.errors import ExitCode, StartError
 
 LOG_FILE_NAME = "samovar.log"
@@ -50,6 +51,18 @@ class JsonFormatter(logging.Formatter):
             line["traceback"] = _cut(self.formatException(record.exc_info), _MAX_TRACEBACK)
         # A lone surrogate (a file's name) stays readable as an escape, which utf-8 itself would refuse.
         return json.dumps(line, default=str)
+
+
+class TextFormatter(logging.Formatter):
+    """A log record for a person. What a sandbox said in it cannot move their cursor, nor look like a line of ours."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Return the line, without its traceback."""
+        record.message = one_line(record.message)
+        return super().formatMessage(record)
 
 
 class LogFile(logging.Handler):
@@ -190,10 +203,9 @@ class LogFile(logging.Handler):
 
 def set_up_logging(level: int | str, *, as_json: bool) -> None:
     """Log to standard error, as text for people or as JSON lines."""
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", stream=sys.stderr)
-    if as_json:
-        for handler in logging.getLogger().handlers:
-            handler.setFormatter(JsonFormatter())
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter() if as_json else TextFormatter())
+    logging.basicConfig(level=level, handlers=[handler])
     # Every request to the engine is one line there.
     logging.getLogger("urllib3").setLevel(logging.WARNING)
     logging.getLogger("asyncio").setLevel(logging.WARNING)

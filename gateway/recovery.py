@@ -12,13 +12,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Any
 
 import msgspec
 
-from gateway.session import Followed, Session
+from gateway.session import SESSION, Followed, Session
 from gateway.sessions import SessionRegistry
 from kernelprovisioner.adoption import PROVISIONER
 from kernelprovisioner.claim_server import ClaimServer
+from kernelprovisioner.exit_log import ExitEntry
 from kernelprovisioner.images import KernelImage
 from kernelprovisioner.launchers.base import LaunchError
 from kernelprovisioner.pool import SandboxPool
@@ -27,10 +29,10 @@ from kernelprovisioner.sandbox import Sandbox
 from kernelprovisioner.sandbox_exit import ExitCause, SandboxExit
 from kernelprovisioner.sandboxes import Sandboxes
 
-SESSION = "session"
-#: How long one sandbox may take to answer, in seconds, and how many are asked at once.
-_ADOPTION_SECONDS = 30.0
-_AT_ONCE = 8
+#: How long one sandbox may take to answer, in seconds, and how many are asked at once. Much less than the others have:
+#: code can stop its own kernel.
+_ADOPTION_SECONDS = 10.0
+_AT_ONCE = 32
 _log = logging.getLogger(__name__)
 
 
@@ -138,8 +140,8 @@ async def recover(
 ) -> Recovered:
     """Adopt what the gateway before left and can be used; remove the rest. `longest_cell`: seconds.
 
-    Before the pools start. No failure of a sandbox stops it: one that cannot be adopted is removed, and its session's
-    next call says so.
+    Before the pools start, while `claims` takes holders back and no claims. No failure of a sandbox stops it: one that
+    cannot be adopted is removed, and its session's next call says so.
     """
     records = await sandboxes.recoverable()
     images = {name: pool.image for name, pool in pools.items()}
@@ -150,10 +152,19 @@ async def recover(
 
     async def adopt(record: SandboxRecord) -> Sandbox | LaunchError:
         async with room:
-            return await _adopt(sandboxes, record, images[record.image])
+            sandbox = await _adopt(sandboxes, record, images[record.image])
+        if not isinstance(sandbox, LaunchError):
+            # A schedule counts those that were claimed since its first time.
+            age = max(0.0, time.time() - (record.claimed_at or record.created_at))
+            pools[record.image].adopt(sandbox, record.owner if record.state == "claimed" else None, age=age)
+            if _holder_kind(record) == PROVISIONER:
+                # At once: its holder waits for it, but not for others that do not answer.
+                claims.restore(pools[record.image], sandbox)
+        return sandbox
 
     found = await asyncio.gather(*(adopt(record) for record in chosen.adopt))
-    for record, sandbox in zip(chosen.adopt, found, strict=True):
+    # Oldest first, as sessions are kept.
+    for record, sandbox in reversed(list(zip(chosen.adopt, found, strict=True))):
         session = session_of(record)
         if isinstance(sandbox, LaunchError):
             recovered.reaped.append((record, str(sandbox)))
@@ -161,13 +172,9 @@ async def recover(
                 session.last_exit = SandboxExit(ExitCause.GATEWAY, evidence={"reason": str(sandbox)})
                 sessions.add(session)
             continue
-        recovered.adopted[record.holder["kind"] if record.state == "claimed" else record.state] += 1
-        age = max(0.0, time.time() - record.created_at)
-        pools[record.image].adopt(sandbox, record.owner if record.state == "claimed" else None, age=age)
+        recovered.adopted[_holder_kind(record)] += 1
         if session is not None:
             recovered.followed[sandbox.id] = sessions.restore(session, sandbox, longest_cell)
-        elif record.state == "claimed":
-            claims.restore(pools[record.image], sandbox)
     await sandboxes.settle()
     _tell(recovered)
     return recovered
@@ -183,6 +190,11 @@ async def _adopt(sandboxes: Sandboxes, record: SandboxRecord, image: KernelImage
         return LaunchError(f"sandbox {record.sandbox_id} could not be adopted: {error!r}")
 
 
+def _holder_kind(record: SandboxRecord) -> str:
+    """What holds an adopted sandbox: SESSION or PROVISIONER; or `warm`."""
+    return str(record.holder["kind"]) if record.state == "claimed" else record.state
+
+
 def _place(record: SandboxRecord) -> tuple[str, ...] | None:
     """Whose sandbox it is, where nobody else may have it; None for a warm one, or where that cannot be told."""
     if record.state != "claimed":
@@ -196,7 +208,13 @@ def _place(record: SandboxRecord) -> tuple[str, ...] | None:
 
 def _tell(recovered: Recovered) -> None:
     for record, reason in recovered.reaped:
-        _log.info("sandbox %s of an earlier gateway is removed: %s", record.sandbox_id, reason)
+        fields: dict[str, Any] = {}
+        if record.state == "claimed":
+            # Whoever looks for the end of a session in the log finds it.
+            lost = SandboxExit(ExitCause.GATEWAY, evidence={"reason": reason})
+            fields = {"event": "exit", **ExitEntry(record.sandbox_id, record.image, record.kernel_id, lost).as_dict()}
+        said = "sandbox %s of an earlier gateway is removed: %s"
+        _log.info(said, record.sandbox_id, reason, extra={"fields": fields})
     if recovered.adopted:
         adopted = recovered.adopted
         _log.info(

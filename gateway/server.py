@@ -7,7 +7,6 @@ import errno
 import fcntl
 import logging
 import os
-import resource
 import socket
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack, suppress
@@ -29,6 +28,7 @@ from gateway.handlers import SHAPES, make_application
 from gateway.handlers.base import Services
 from gateway.health import Check, Health
 from gateway.idempotency import KeyedCalls
+from gateway.open_files import room_for_connections
 from gateway.patience import Patience
 from gateway.recovery import recover
 from gateway.service_checks import service_checks
@@ -41,6 +41,7 @@ from kernelprovisioner.launchers.base import LaunchError
 from kernelprovisioner.launchers.configurable import ConfigurableLauncher
 from kernelprovisioner.patience import all_done
 from kernelprovisioner.pool import SandboxPool
+from kernelprovisioner.records import RecordStore
 from kernelprovisioner.runtime import RuntimeDirectoryError, RuntimeRoot, owner_lives
 from kernelprovisioner.sandboxes import Sandboxes
 
@@ -49,8 +50,6 @@ _BODY_SECONDS = 30.0
 #: How long a connection may be silent between two requests, or take for the head of one.
 _IDLE_SECONDS = 120.0
 _MAX_CONNECTIONS = 1000
-#: Descriptors that are kept for the rest: sandboxes, the engine, files.
-_RESERVED_DESCRIPTORS = 512
 #: After the drain: how long the holders of claims have to read their last files and to hang up.
 _HOLDERS_SECONDS = 5.0
 #: After the drain: how long the last answers (their sandboxes are gone) may take to be sent.
@@ -111,7 +110,7 @@ class Gateway:
         #: whether `stop` leaves the sandboxes to the next gateway, and after it those that were left
         self.keep = False
         self.kept: list[str] = []
-        self._has_adopted = False
+        self._sandboxes: Sandboxes | None = None
         self.images: dict[str, KernelImage] = {}
         self.pools: dict[str, SandboxPool] = {}
         self.port = settings.port
@@ -126,8 +125,10 @@ class Gateway:
         try:
             await self._start()
         except BaseException as error:
-            # What was adopted has holders: it stays for a start that does not fail.
-            self.keep = self.keep or (self._has_adopted and isinstance(error, StartError))
+            # What was adopted has holders: it stays for a start that does not fail. A stop that somebody asked for has
+            # told by itself what stays.
+            has_adopted = self._sandboxes is not None and bool(self._sandboxes.live)
+            self.keep = self.keep or (has_adopted and isinstance(error, Exception))
             self._patience.begin()
             await self.stop()
             raise
@@ -167,7 +168,7 @@ class Gateway:
         images: ContainerImages | None = None
         if isinstance(self.launcher, DockerLauncher):
             images = ContainerImages(self.launcher.docker_url, settings.data_directory, self._report)
-        sandboxes = Sandboxes(self.launcher)
+        sandboxes = self._sandboxes = Sandboxes(self.launcher)
         try:
             await sandboxes.start(resume=True)
         except LaunchError as error:
@@ -197,10 +198,12 @@ class Gateway:
             sessions,
             gateway=str(self.launcher.owner.path),
             limits=execution.cell_limits,
-            lives=lambda owner: asyncio.to_thread(owner_lives, Path(owner)),
+            lives=_lives,
         )
         stack.push_async_callback(keyed.stop, _LAST_ANSWERS_SECONDS)
         claims = ClaimServer(self.pools, self.runtime.claim_socket)
+        # Each holder comes back as soon as its own sandbox is there.
+        await self._serve_claims(claims)
         # Before anything that is slow: sandboxes that nobody takes up end by themselves, and their holders give up.
         recovered = await recover(
             sandboxes,
@@ -210,8 +213,6 @@ class Gateway:
             claims,
             longest_cell=execution.max_execution_time,
         )
-        self._has_adopted = bool(recovered.adopted)
-        await self._serve_claims(claims)
         await keyed.resume(recovered.followed)
         if images is not None:
             for image in self.images.values():
@@ -226,16 +227,17 @@ class Gateway:
             sessions=sessions,
             pools=self.pools,
             images=self.images,
-            health=Health(__version__, self._checks(), sandboxes.exits),
+            health=Health(__version__, self._checks(sandboxes.records), sandboxes.exits),
             keyed=keyed,
             max_execution_time=execution.max_execution_time,
             local_monitoring=settings.local_monitoring,
         )
-        self._serve_http(services, claims, sockets)
+        room = room_for_connections(sum(bound.max for bound in bounds.values()), _MAX_CONNECTIONS)
+        self._serve_http(services, claims, sockets, room)
 
-    def _checks(self) -> dict[str, Check]:
+    def _checks(self, records: RecordStore) -> dict[str, Check]:
         directory = self.settings.data_directory
-        return service_checks(self.launcher, self.pools, self.images, directory, self.runtime.path)
+        return service_checks(self.launcher, self.pools, self.images, records, directory, self.runtime.path)
 
     def _engine_back(self) -> None:
         for pool in self.pools.values():
@@ -251,7 +253,7 @@ class Gateway:
             raise StartError(f"The claim socket {claims.path} cannot be made: {error}.", ExitCode.UNWRITABLE) from None
         self._stack.push_async_callback(self._stop_claims, claims)
 
-    def _serve_http(self, services: Services, claims: ClaimServer, sockets: list[socket.socket]) -> None:
+    def _serve_http(self, services: Services, claims: ClaimServer, sockets: list[socket.socket], room: int) -> None:
         server = _BoundedServer(
             make_application(services),
             max_body_size=_MAX_BODY_BYTES,
@@ -259,7 +261,7 @@ class Gateway:
             body_timeout=_BODY_SECONDS,
             idle_connection_timeout=_IDLE_SECONDS,
         )
-        server.max_connections = _room_for_connections()
+        server.max_connections = room
         server.add_sockets(sockets)
         self._stack.push_async_callback(self._drain, server, services, claims)
 
@@ -301,6 +303,11 @@ class Gateway:
             self.kept = await sandboxes.stop(self._patience.over)
         else:
             self.left = await sandboxes.stop(self._patience.over)
+
+
+async def _lives(owner: str) -> bool:
+    """Whether the gateway of an owner directory lives; one that cannot be seen from here will not answer any more."""
+    return bool(await asyncio.to_thread(owner_lives, Path(owner)))
 
 
 def _prepare_data(settings: GatewaySettings) -> ApiKey:
@@ -363,18 +370,6 @@ def _chosen_images(
             listed = ", ".join(there) or "none"
             raise StartError(f"There is no kernel image {name!r}; there is: {listed}.", ExitCode.NO_INPUT)
     return {name: limits.applied_to(image) for name, image in there.items() if not names or name in names}
-
-
-def _room_for_connections() -> int:
-    """Raise the limit of open files as far as we may; return how many connections that leaves room for."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _MAX_CONNECTIONS + 2 * _RESERVED_DESCRIPTORS
-    limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < limit:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-        soft = limit
-    free = _MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else soft - _RESERVED_DESCRIPTORS
-    return max(16, min(_MAX_CONNECTIONS, free))
 
 
 def _bind(host: str, port: int) -> list[socket.socket]:

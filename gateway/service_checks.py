@@ -1,21 +1,29 @@
-"""What /health/detailed looks at: engine, images, pools and directories, each check bounded in time and in threads."""
+"""What /health/detailed looks at: engine, images, pools, records, directories; bounded in time and in threads."""
 
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gateway.checks import Finding, check_directory, check_engine, check_image
+from gateway.checks import (
+    BUSY_ENGINE,
+    SEE_ENGINE,
+    Finding,
+    check_directory,
+    check_engine,
+    check_image,
+    temporary_directory,
+)
 from gateway.health import Check
 from kernelprovisioner.images import KernelImage
 from kernelprovisioner.launchers import DockerLauncher
 from kernelprovisioner.launchers.configurable import ConfigurableLauncher
 from kernelprovisioner.pool import SandboxPool
+from kernelprovisioner.records import RecordStore
 
 #: How long a question about the health waits for a check; one that takes longer goes on behind it.
 _PATIENCE_SECONDS = 2.0
@@ -51,7 +59,8 @@ class BlockingCheck:
             return self._last.as_dict()
         facts = {} if self._last is None else self._last.facts
         seconds = time.monotonic() - self._began
-        return Finding("degraded", f"{self._subject} has not answered for {seconds:.0f} s", facts=facts).as_dict()
+        text = f"{self._subject} has not answered for {seconds:.0f} s"
+        return Finding("degraded", text, "see what keeps it busy", facts).as_dict()
 
     def _start(self) -> asyncio.Future[Finding]:
         loop = asyncio.get_running_loop()
@@ -83,6 +92,7 @@ def service_checks(
     launcher: ConfigurableLauncher,
     pools: Mapping[str, SandboxPool],
     images: Mapping[str, KernelImage],
+    records: RecordStore,
     data_directory: Path,
     runtime_directory: Path,
 ) -> dict[str, Check]:
@@ -93,8 +103,8 @@ def service_checks(
     if isinstance(launcher, DockerLauncher):
         for name, image in images.items():
             checks[f"image:{name}"] = _image_check(launcher, image, data_directory)
-    # Not tempfile's own choice: where /tmp is full it takes another one, or raises.
-    temporary = Path(os.environ.get("TMPDIR") or "/tmp")
+    checks["records"] = records_check(records)
+    temporary = temporary_directory()
     checks["directory:runtime"] = _directory_check(runtime_directory, "the sockets of new sandboxes", full="unhealthy")
     checks["directory:data"] = _directory_check(data_directory, "what is kept of sessions and answers", full="degraded")
     checks["directory:temporary"] = _directory_check(temporary, "building images", full="degraded")
@@ -123,7 +133,7 @@ def _engine_check(launcher: ConfigurableLauncher) -> Check:
         answer = await ask()
         trouble = launcher.trouble
         if trouble is not None and answer["status"] == "healthy":
-            answer = {**answer, **Finding("degraded", trouble).as_dict()}
+            answer = {**answer, **Finding("degraded", trouble, BUSY_ENGINE).as_dict()}
         return {**known, **answer}
 
     return engine
@@ -137,7 +147,8 @@ def _image_check(launcher: DockerLauncher, image: KernelImage, data_directory: P
 
     async def check() -> dict[str, Any]:
         if not launcher.available:
-            return Finding("degraded", f"whether {image.tag} is there is not known: {launcher.trouble}").as_dict()
+            text = f"whether {image.tag} is there is not known: {launcher.trouble}"
+            return Finding("degraded", text, SEE_ENGINE).as_dict()
         return await ask()
 
     return check
@@ -149,7 +160,21 @@ def _pool_check(pool: SandboxPool) -> Check:
         if not found["failures_in_a_row"]:
             return {"status": "healthy", **found}
         usable = bool(found["warm"] + found["claimed"])
-        return {"status": "degraded" if usable else "unhealthy", "error": found["last_error"], **found}
+        remedy = "mend what the reason names (samovar doctor looks at all of it); starts are tried again by themselves"
+        return {**Finding("degraded" if usable else "unhealthy", found["last_error"], remedy).as_dict(), **found}
+
+    return check
+
+
+def records_check(records: RecordStore) -> Check:
+    """Whether what the next gateway needs to know of the sandboxes is on disk."""
+
+    async def check() -> dict[str, Any]:
+        if records.failure is None:
+            return Finding("healthy").as_dict()
+        text = f"{records.failure}; a gateway that crashes now would not find these sandboxes again"
+        remedy = "make room where they lie; what is missing is then written within seconds"
+        return Finding("degraded", text, remedy).as_dict()
 
     return check
 

@@ -14,6 +14,9 @@ from kernelprovisioner.sandbox import Sandbox
 from kernelprovisioner.sandbox_exit import SandboxExit
 from kernelprovisioner.standing import Standing
 
+#: the kind of a record's holder that is one of these
+SESSION = "session"
+
 
 @dataclass(eq=False)
 class Session:
@@ -56,7 +59,7 @@ class Session:
     def holder(self) -> dict[str, Any]:
         """What the record of its sandbox says of it, so that the next gateway finds it again; see `recovery`."""
         return {
-            "kind": "session",
+            "kind": SESSION,
             "session_id": self.id,
             "owner": self.owner,
             "user_id": self.user_id,

@@ -19,7 +19,8 @@ from gateway.limits import OwnerBounds, Reservations
 from gateway.notices import how_it_ended, new_sandbox
 from gateway.session import Execution, Followed, Sending, Session
 from kernelprovisioner.launchers.base import LaunchError
-from kernelprovisioner.pool import ClaimTimeout, PoolClaim, PoolFull, PoolStopped, SandboxPool
+from kernelprovisioner.pool import PoolClaim, SandboxPool
+from kernelprovisioner.pool_errors import PoolBusy, PoolStopped
 from kernelprovisioner.sandbox import ClaimError, ClaimRequest, Sandbox
 from kernelprovisioner.sandbox_exit import ExitCause, SandboxExit
 from kernelprovisioner.standing import Standing
@@ -248,8 +249,8 @@ class SessionRegistry:
         if sending is not None:
             try:
                 await sending(session, sandbox, msg_id)
-            except RequestError:
-                pool.touch(sandbox.id, asyncio.get_running_loop().time())
+            except BaseException:
+                self._after(session, sandbox, None)
                 raise
         session.executions += 1
         notice, session.notice = session.notice, ""
@@ -303,7 +304,7 @@ class SessionRegistry:
         claiming = pool.claim(session.owner, request, timeout=self._line_timeout, standing=session.standing)
         try:
             claim = await unless(cancelled, self._closed, claiming)
-        except (PoolFull, ClaimTimeout) as error:
+        except PoolBusy as error:
             raise too_busy(_sentence(error), error.retry_after) from None
         except (PoolStopped, Closed):
             raise too_busy(_SHUTTING_DOWN, 5) from None
@@ -325,7 +326,8 @@ class SessionRegistry:
         passing = [one for one in held if one.standing is Standing.PASSING and one.state == "idle"]
         if room is not None and room <= 0 and passing:
             oldest = min(passing, key=lambda session: session.idle_since or 0.0)
-            self._give_up(oldest, SandboxExit(ExitCause.EVICTED))
+            limit = {"limit_sessions": self._reservations.bounds.sessions}
+            self._give_up(oldest, SandboxExit(ExitCause.EVICTED, evidence=limit))
 
     def _idle(self, session: Session) -> None:
         """The session holds a sandbox and does nothing with it from now on."""

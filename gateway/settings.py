@@ -67,9 +67,9 @@ class PoolSettings(Configurable):
     max_size = Integer(
         None, min=1, allow_none=True, help="Most live sandboxes of each kernel image, warm and claimed."
     ).tag(config=True)
-    bounds = Dict(help='Bounds for single kernel images, before the two above: {"python": {"min": 2, "max": 20}}.').tag(
-        config=True
-    )
+    bounds = Dict(
+        help='Bounds for single kernel images, before min_size and max_size: {"python": {"min": 2, "max": 20}}.'
+    ).tag(config=True)
     line_bound = Integer(
         None, min=1, allow_none=True, help="Requests that may wait for a sandbox; default: 4 times the maximum."
     ).tag(config=True)

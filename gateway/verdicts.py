@@ -7,12 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gateway import open_files
 from gateway.checks import Finding
 from kernelprovisioner.images import KernelImage, PoolBounds
+from kernelprovisioner.schedule import Entry
 
-#: Open files that the gateway needs beside those of sandboxes, and those of one sandbox (measured: 10).
-_OWN_FILES = 612
-_FILES_PER_SANDBOX = 12
+#: As many connections at once are usual; a gateway takes more where it may open more files.
+_CONNECTIONS = 500
 _GIBIBYTE = 2**30
 
 
@@ -36,10 +37,11 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Served:
-    """A kernel image as it would be served: with its limits and the bounds of its pool."""
+    """A kernel image as it would be served: with its limits, and the bounds and the schedule of its pool."""
 
     image: KernelImage
     bounds: PoolBounds
+    schedule: Sequence[Entry] = ()
 
 
 def good(what: str, text: str) -> Judgement:
@@ -66,6 +68,11 @@ def judged(what: str, finding: Finding, fine: str) -> Judgement:
     return Judgement(what, verdict, finding.error or finding.status, remedy)
 
 
+def counted(count: int, noun: str, plural: str = "s") -> str:
+    """Return "1 warning", "2 warnings"; `plural` is the plural's ending."""
+    return f"{count} {noun}{'' if count == 1 else plural}"
+
+
 def worst(judgements: Iterable[Judgement]) -> Verdict:
     """Return the worst verdict; ok where there is none."""
     found = {judgement.verdict for judgement in judgements}
@@ -73,9 +80,13 @@ def worst(judgements: Iterable[Judgement]) -> Verdict:
 
 
 def judge_bounds(served: Served) -> Judgement:
-    """Whether a pool keeps something warm and has room to refill."""
+    """Whether a pool keeps something warm, and has room to refill and for its schedule."""
     name, bounds = served.image.name, served.bounds
     what = f"pool {name}"
+    for entry in served.schedule:
+        if entry.count > bounds.max:
+            said = f"has {bounds.max} places at most, fewer than its schedule asks for: {entry}"
+            return warning(what, said, "raise PoolSettings.bounds or CONTAINER_POOL_MAX_SIZE")
     if bounds.min == 0:
         said = f"keeps nothing warm (min 0, max {bounds.max}): a first cell may wait for a start"
         return warning(what, said, "set PoolSettings.bounds or CONTAINER_POOL_MIN_SIZE")
@@ -88,7 +99,7 @@ def judge_bounds(served: Served) -> Judgement:
 def judge_files(hard: int | None, served: Iterable[Served]) -> Judgement:
     """Whether the limit of open files (None: there is none) is enough for full pools; the gateway raises its own."""
     sandboxes = sum(one.bounds.max for one in served)
-    needed = _OWN_FILES + _FILES_PER_SANDBOX * sandboxes
+    needed = open_files.needed(sandboxes, _CONNECTIONS)
     if hard is not None and hard < needed:
         return failure(
             "open files",

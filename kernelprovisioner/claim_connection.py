@@ -16,7 +16,8 @@ from samovar_kernel.frames import FrameError, pack
 from kernelprovisioner.claims import RELAYED, ClaimAnswer, Ending
 from kernelprovisioner.images import KernelImage
 from kernelprovisioner.launchers.base import LaunchError
-from kernelprovisioner.pool import PoolClaim, PoolError
+from kernelprovisioner.pool import PoolClaim
+from kernelprovisioner.pool_errors import PoolBusy, PoolError
 from kernelprovisioner.sandbox import ClaimError, ClaimRequest, Sandbox
 from kernelprovisioner.sandbox_exit import ExitCause, SandboxExit
 from kernelprovisioner.supervisor import SupervisorError
@@ -148,9 +149,13 @@ class HolderConnection:
             answer, payload = _no(header, error, error.code), b""
         except PoolError as error:
             answer, payload = _no(header, error, "full"), b""
-            answer["retry_after"] = getattr(error, "retry_after", None)
+            answer["retry_after"] = error.retry_after if isinstance(error, PoolBusy) else None
         except (LaunchError, ClaimError, SupervisorError) as error:
             answer, payload = _no(header, error, "failed"), b""
+        except Exception as error:
+            # Without an answer its holder would wait for its whole deadline.
+            _log.exception("a holder's request failed unexpectedly")
+            answer, payload = _no(header, RuntimeError(f"the gateway failed at this: {error!r}"), "failed"), b""
         try:
             self._writer.write(pack(answer, payload))
             await self._writer.drain()

@@ -101,8 +101,10 @@ class ClaimServer:
         if keep:
             self._let_go()
         cause = SandboxExit(ExitCause.GATEWAY)
-        # Each holder hears of it by the exit event, and has a moment for its last files before the sandbox goes.
-        await asyncio.gather(*(self.release(held, cause, used=False) for held in list(self._held.values())))
+        # Each holder hears of it by the exit event, and has a moment for its last files before the sandbox goes. One
+        # that is away reads none.
+        held_now = list(self._held.values())
+        await asyncio.gather(*(self.release(held, cause, used=held.connection is None) for held in held_now))
         await asyncio.gather(*(connection.finish() for connection in list(self._connections)))
         if self._connections:
             await asyncio.wait(list(self._connections.values()), timeout=5.0)
@@ -151,11 +153,9 @@ class ClaimServer:
         if pool is None:
             raise BadClaim(f"this gateway has no kernel image {wanted.image!r}", "unknown_image")
         mount = Path(wanted.mount) if wanted.mount is not None else None
-        if mount is not None:
-            why = "not an absolute path of a directory" if not mount.is_absolute() or not mount.is_dir() else None
-            why = why or refusal(mount)
-            if why is not None:
-                raise BadClaim(f"{mount} is not mounted: {why}")
+        # In a thread: a directory of another machine may take its time, and everybody else would wait with us.
+        if mount is not None and (why := await asyncio.to_thread(_not_mounted, mount)) is not None:
+            raise BadClaim(f"{mount} is not mounted: {why}")
         token = secrets.token_urlsafe(32)
         request = ClaimRequest(
             wanted.kernel_id,
@@ -228,6 +228,13 @@ class ClaimServer:
             held.set_used()
         if self._held.pop(held.sandbox.id, None) is not None:
             await held.pool.release(held.sandbox, cause)
+
+
+def _not_mounted(mount: Path) -> str | None:
+    """Why a directory of the host does not become a work directory; None where it may. Blocks."""
+    if not mount.is_absolute() or not mount.is_dir():
+        return "not an absolute path of a directory"
+    return refusal(mount)
 
 
 async def _frames(reader: asyncio.StreamReader) -> AsyncIterator[tuple[dict[str, Any], bytes]]:

@@ -18,17 +18,20 @@ from kernelprovisioner import held as hands
 from kernelprovisioner.claims import Ending
 from kernelprovisioner.death import DeathNotice
 from kernelprovisioner.held import HeldSandbox, Wanted
+from kernelprovisioner.launchers.base import LaunchError
 from kernelprovisioner.monitor import KernelMonitor
 from kernelprovisioner.relay import EndpointRelay
 from kernelprovisioner.runtime import OwnerDirectory, RuntimeDirectoryError, RuntimeRoot
 from kernelprovisioner.sandbox_exit import CellReference, SandboxExit
 from kernelprovisioner.supervisor import SupervisorError, remaining_output
+from kernelprovisioner.wire import WireError, first_of
 from kernelprovisioner.workdir import WorkDirectory
 
 #: Files of a sandbox that ends come out within this time, or stay in it. In seconds.
 LAST_FILES_SECONDS = 5.0
 _MONITOR_SECONDS = 10.0
 _RELEASE_SECONDS = 30.0
+_CAUSE_SECONDS = 6.0
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_-]{1,36}")
 _log = logging.getLogger(__name__)
 
@@ -62,14 +65,17 @@ class KernelHolder:
     async def start(self, make: Maker, wanted: Wanted) -> HeldSandbox:
         """Take a sandbox by `make`, fill its work directory, put it behind the kernel's endpoints.
 
-        Raises what `make` raises, SupervisorError, WireError; `close` it then.
+        Raises what `make` raises, and LaunchError; `close` it then.
         """
         held = self.held = await make(wanted)
-        if self._work is not None:
-            await self._work.put(held.request)
-        self._monitor = await KernelMonitor.connect(
-            held.channels, self._key, self._cell_ended, timeout=_MONITOR_SECONDS
-        )
+        try:
+            if self._work is not None:
+                await self._work.put(held.request)
+            self._monitor = await KernelMonitor.connect(
+                held.channels, self._key, self._cell_ended, timeout=_MONITOR_SECONDS
+            )
+        except (SupervisorError, WireError) as error:
+            raise LaunchError(await _why_not_ready(held, error)) from None
         if held.transport == "ipc":
             self._point_to(held.directory)
         else:
@@ -230,6 +236,14 @@ class KernelHolder:
     def _unlink(self) -> None:
         # Before the manager's cleanup_ipc_files, which would delete through it.
         self.link.unlink(missing_ok=True)
+
+
+async def _why_not_ready(held: HeldSandbox, error: Exception) -> str:
+    """What ended a sandbox that was just taken is known a little later than that it does not answer."""
+    await first_of(held.ended, timeout=_CAUSE_SECONDS)
+    if held.ended.done():
+        return f"the sandbox ended before it was ready: {held.ended.result().exit}"
+    return f"the sandbox could not be made ready: {error}"
 
 
 def link_of(root: RuntimeRoot, kernel_id: str) -> Path:

@@ -5,13 +5,10 @@ For commands beside a gateway, or after one: nothing here needs a living gateway
 
 from __future__ import annotations
 
-import contextlib
 import enum
-import fcntl
 import os
 import re
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +20,8 @@ from kernelprovisioner.launchers.container_spec import LABEL_BOOT, LABEL_MANAGED
 from kernelprovisioner.launchers.docker_engine import ENGINE_ERRORS, boot_label, explain, of_an_earlier_boot
 from kernelprovisioner.launchers.process import PROCESS_ID_PREFIX, noted_process
 from kernelprovisioner.records import SandboxRecord, read_records
-from kernelprovisioner.runtime import GATEWAY_GRACE
+from kernelprovisioner.runtime import is_gateways, is_in_grace, is_owner_name, is_sandbox_id, owner_lives
 
-_OWNER_NAME = re.compile(r"[0-9a-f]{8}")
-_SANDBOX_NAME = re.compile(r"[0-9a-f]{16}")
-_ROOT_LOCK_SECONDS = 1.0
 _ENDED = frozenset({"exited", "dead", "removing"})
 #: As in /proc/locks: "1: FLOCK  ADVISORY  WRITE 4711 00:1a:12345 0 EOF"
 _FLOCK = re.compile(r"FLOCK\s+\S+\s+\S+\s+(\d+)\s+([0-9a-f]+):([0-9a-f]+):(\d+)\s")
@@ -137,7 +131,7 @@ def state_of(recorded: str | None, runs: bool | None) -> str:
 
 def _owner_directories(root: Path, problems: list[str]) -> list[Path]:
     try:
-        return [entry for entry in root.iterdir() if _OWNER_NAME.fullmatch(entry.name)]
+        return [entry for entry in root.iterdir() if is_owner_name(entry.name)]
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -149,52 +143,24 @@ def _owner(path: Path, holders: Mapping[tuple[int, int], int]) -> Owner:
     life, pid = _life(path, holders)
     if life is Life.UNSEEN:
         return Owner(path, life)
-    is_gateway = _text(path / "role") == "gateway"
-    found_dead = _modified(path / "dead")
-    awaited = is_gateway and life is Life.DEAD and (found_dead is None or time.time() - found_dead < GATEWAY_GRACE)
+    is_gateway = is_gateways(path)
+    awaited = is_gateway and life is Life.DEAD and is_in_grace(path)
     return Owner(path, life, is_gateway, awaited, _text(path / "kind"), pid, None if pid is None else _program(pid))
 
 
 def _life(path: Path, holders: Mapping[tuple[int, int], int]) -> tuple[Life, int | None]:
     try:
-        lock = os.open(path / "lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        lock = os.stat(path / "lock", follow_symlinks=False)
     except FileNotFoundError:
         # Its process died before it could lock it, or it is a directory of another machine.
         return (Life.DEAD if path.is_dir() else Life.UNSEEN), None
     except OSError:
         return Life.UNSEEN, None
-    try:
-        status = os.fstat(lock)
-        pid = holders.get((status.st_dev, status.st_ino))
-        if pid is not None:
-            return Life.ALIVE, pid
-        # Under the root's lock, so that nobody who reaps takes our moment's lock for a living owner's.
-        with _root_lock(path.parent):
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return Life.DEAD, None
-    except BlockingIOError:
-        return Life.ALIVE, None
-    finally:
-        os.close(lock)
-
-
-@contextlib.contextmanager
-def _root_lock(root: Path) -> Iterator[None]:
-    """Hold the root's lock as `RuntimeRoot` does; whoever holds it too long is not waited for."""
-    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        deadline = time.monotonic() + _ROOT_LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    break
-            time.sleep(0.01)
-        yield
-    finally:
-        os.close(descriptor)
+    pid = holders.get((lock.st_dev, lock.st_ino))
+    if pid is not None:
+        return Life.ALIVE, pid
+    lives = owner_lives(path)
+    return (Life.UNSEEN if lives is None else Life.ALIVE if lives else Life.DEAD), None
 
 
 def _lock_holders() -> dict[tuple[int, int], int]:
@@ -259,7 +225,7 @@ def _noted(owner: Path) -> set[str]:
         names = [entry.name.removesuffix(".pid") for entry in owner.iterdir()]
     except OSError:
         return set()
-    return {name for name in names if _SANDBOX_NAME.fullmatch(name)}
+    return {name for name in names if is_sandbox_id(name)}
 
 
 def _modified(path: Path) -> float | None:

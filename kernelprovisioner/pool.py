@@ -121,7 +121,7 @@ class SandboxPool:
             hit_rate=upkeep.hit_rate,
             max_age=upkeep.max_age,
         )
-        self._keeper = Keeper(self, upkeep, lambda kernel_image: sandboxes.launcher.template(kernel_image), local_time)
+        self._keeper = Keeper(self, upkeep, sandboxes.launcher.template, local_time)
         self._engine_back = asyncio.Event()
         self._numbers = itertools.count(1)
         self._waiting: dict[int, _Waiting] = {}
@@ -204,9 +204,10 @@ class SandboxPool:
         self._handle(Touched(sandbox_id, idle_since, standing))
 
     def adopt(self, sandbox: Sandbox, owner: str | None, *, age: float = 0.0) -> bool:
-        """Take in a sandbox of a gateway that is gone: of `owner`, or warm (None); `age` in seconds. Before `start`.
+        """Take in a sandbox of a gateway that is gone: of `owner`, or warm (None). Before `start`.
 
-        Returns whether it is kept: a holder's always, a warm one where it fits; else it is being removed.
+        `age`: seconds since it was claimed, or became warm. Returns whether it is kept: a holder's always, a warm
+        one where it fits; else it is being removed.
         """
         self._take_in(sandbox)
         self._handle(Adopted(sandbox.id, sandbox.template, owner, age))

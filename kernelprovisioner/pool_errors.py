@@ -7,20 +7,20 @@ class PoolError(Exception):
     """A claim ended without a sandbox, through no fault of the sandboxes."""
 
 
-class PoolFull(PoolError):
-    """The waiting line is as long as it may get; `retry_after` is in seconds."""
+class PoolBusy(PoolError):
+    """It may go better in `retry_after` seconds."""
 
     def __init__(self, message: str, retry_after: int) -> None:
         super().__init__(message)
         self.retry_after = retry_after
 
 
-class ClaimTimeout(PoolError):
-    """No sandbox became free before the claim's deadline; `retry_after` is in seconds."""
+class PoolFull(PoolBusy):
+    """The waiting line is as long as it may get."""
 
-    def __init__(self, message: str, retry_after: int) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
+
+class ClaimTimeout(PoolBusy):
+    """No sandbox became free before the claim's deadline."""
 
 
 class PoolStopped(PoolError):

@@ -69,7 +69,10 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Adopted:
-    """A sandbox of a gateway that is gone is here again: of `owner`, or warm (None). `age` is in seconds."""
+    """A sandbox of a gateway that is gone is here again: of `owner`, or warm (None).
+
+    `age`: seconds since it was claimed, or became warm.
+    """
 
     sandbox: str
     template: str | None = None

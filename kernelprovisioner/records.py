@@ -14,17 +14,19 @@ import os
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
 from kernelprovisioner.images import KernelImage
 from kernelprovisioner.launchers.base import Endpoint, Launched
-from kernelprovisioner.runtime import OwnerDirectory
+from kernelprovisioner.runtime import OwnerDirectory, is_sandbox_id
 
 VERSION = 1
 #: how long whoever needs a record on disk waits for a disk that stands still
 _WAIT_SECONDS = 1.0
+#: how long after a failure all that is not written is tried again
+_RETRY_SECONDS = 5.0
 #: a disk that stands still must not make us keep ever more records in memory
 _MAX_PENDING = 10_000
 _UNFINISHED = ".new"
@@ -34,6 +36,10 @@ log = logging.getLogger(__name__)
 
 class RecordError(Exception):
     """A record cannot be read or written; the text says which and why."""
+
+
+#: Seconds since the epoch that a calendar has.
+Moment = Annotated[float, msgspec.Meta(ge=0, lt=250_000_000_000)]
 
 
 class SandboxRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,9 +60,9 @@ class SandboxRecord(msgspec.Struct, frozen=True, kw_only=True):
     token: str
     supervisor: Endpoint
     channels: dict[str, Endpoint]
-    created_at: float
+    created_at: Moment
     state: Literal["warm", "claimed"] = "warm"
-    claimed_at: float | None = None
+    claimed_at: Moment | None = None
     kernel_id: str = ""
     owner: str = ""
     holder: dict[str, Any] = {}
@@ -109,11 +115,11 @@ def read_record(path: Path) -> SandboxRecord:
         record = _decoder.decode(path.read_bytes())
     except OSError as error:
         raise RecordError(f"the record {path} cannot be read: {error.strerror}") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RecordError(f"the record {path} cannot be read: {error}") from None
     if record.version != VERSION:
         raise RecordError(f"the record {path} has version {record.version}, this program reads version {VERSION}")
-    if record.sandbox_id != path.stem:
+    if record.sandbox_id != path.stem or not is_sandbox_id(path.stem):
         raise RecordError(f"the record {path} is about another sandbox, {record.sandbox_id!r}")
     return record
 
@@ -170,8 +176,8 @@ def remove_records_but(owner: Path, wanted: Collection[str]) -> None:
 class RecordStore:
     """The records of one owner, written in the order in which they were asked for, in a thread of their own.
 
-    A record that cannot be written costs its sandbox the recovery, and nothing else: it is logged and told by
-    `failure`, until one can be written again.
+    A record that cannot be written costs its sandbox the recovery, and nothing else: that is logged, told by `failure`,
+    and tried again until it is written or its sandbox is gone.
     """
 
     def __init__(self, owner: OwnerDirectory) -> None:
@@ -179,7 +185,10 @@ class RecordStore:
         self._thread = ThreadPoolExecutor(1, "samovar-records")
         self._pending: set[asyncio.Future[None]] = set()
         self._closed = False
-        #: why the last record could not be written; None where it could
+        #: by path what is to be there, from when that is asked for until it is; one for each sandbox at most
+        self._unwritten: dict[str, bytes] = {}
+        self._again: asyncio.TimerHandle | None = None
+        #: why not all records are as they should be; None where they are
         self.failure: str | None = None
 
     async def read(self) -> list[SandboxRecord]:
@@ -195,10 +204,11 @@ class RecordStore:
             content = _encoder.encode(record)
         except UnicodeEncodeError as error:  # half a surrogate pair in a name that a client chose
             return self._given_up(error)
-        return self._begin(_replace, str(record_path(self._owner, record.sandbox_id)), content)
+        return self._begin_writing(str(record_path(self._owner, record.sandbox_id)), content)
 
     def remove(self, sandbox_id: str) -> asyncio.Future[None]:
         """Begin to remove a record; the future is done when that was tried, and never fails."""
+        self._unwritten.pop(str(record_path(self._owner, sandbox_id)), None)
         return self._begin(remove_record, self._owner, sandbox_id)
 
     def remove_all_but(self, wanted: Iterable[str]) -> asyncio.Future[None]:
@@ -218,28 +228,60 @@ class RecordStore:
         """Wait until all is written, bounded, and end the thread; what is asked for later is not done."""
         await self.flush()
         self._closed = True
+        if self._again is not None:
+            self._again.cancel()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _begin(self, work: Callable[..., None], *arguments: Any) -> asyncio.Future[None]:
+    def _begin_writing(self, path: str, content: bytes) -> asyncio.Future[None]:
+        self._unwritten[path] = content
+
+        def written() -> None:
+            if self._unwritten.get(path) is content:
+                del self._unwritten[path]
+            # Not after a removal: that succeeds on a full disk, too.
+            if not self._unwritten:
+                self.failure = None
+
+        return self._begin(_replace, path, content, done=written)
+
+    def _write_again(self) -> None:
+        self._again = None
+        if self._pending:
+            # A disk that stands still is not asked for more.
+            self._try_later()
+            return
+        # The newest of each, so that nothing is put back to what it was.
+        for path, content in list(self._unwritten.items()):
+            self._begin_writing(path, content)
+
+    def _try_later(self) -> None:
+        if self._again is None and self._unwritten and not self._closed:
+            self._again = asyncio.get_running_loop().call_later(_RETRY_SECONDS, self._write_again)
+
+    def _begin(
+        self, work: Callable[..., None], *arguments: Any, done: Callable[[], None] = lambda: None
+    ) -> asyncio.Future[None]:
+        """Run blocking `work` behind what was begun before; `done` is called where it does not fail."""
         if self._closed:
             return self._given_up(None)
         if len(self._pending) >= _MAX_PENDING:
             return self._given_up(OSError("the disk does not keep up"))
         loop = asyncio.get_running_loop()
-        done: asyncio.Future[None] = loop.create_future()
-        self._pending.add(done)
+        tried: asyncio.Future[None] = loop.create_future()
+        self._pending.add(tried)
 
         def finish(trying: asyncio.Future[None]) -> None:
-            self._pending.discard(done)
-            error = None if trying.cancelled() else trying.exception()
-            if error is None:
-                self.failure = None
-            else:
-                self._failed(error)
-            done.set_result(None)
+            self._pending.discard(tried)
+            if not trying.cancelled():
+                error = trying.exception()
+                if error is None:
+                    done()
+                else:
+                    self._failed(error)
+            tried.set_result(None)
 
         loop.run_in_executor(self._thread, work, *arguments).add_done_callback(finish)
-        return done
+        return tried
 
     def _given_up(self, error: Exception | None) -> asyncio.Future[None]:
         if error is not None:
@@ -254,6 +296,7 @@ class RecordStore:
         if failure != self.failure:
             log.warning("%s; a gateway that crashes now would not find these sandboxes again", failure)
         self.failure = failure
+        self._try_later()
 
 
 def _encode_path(value: object) -> str:

@@ -30,9 +30,13 @@ GATEWAY_GRACE = 90.0
 #: bytes that a Unix socket's path may have (108 with the final NUL)
 MAX_SOCKET_PATH = 107
 
+CLAIM_SOCKET = "claim.sock"
+
 _GATEWAY = "gateway"
 _OWNER_NAME = re.compile(r"[0-9a-f]{8}")
 _SANDBOX_NAME = re.compile(r"[0-9a-f]{16}")
+#: whoever only looks waits so long (in seconds) for the root's lock
+_GLANCE_SECONDS = 1.0
 # The longest path below the root is a kernel's link: /k/<uuid>/sup.
 _LONGEST_BELOW_ROOT = len("/k/") + 36 + len("/sup")
 
@@ -74,7 +78,7 @@ class RuntimeRoot:
         """Use `open()`, which checks the directory first."""
         self.path = path
         self.links = path / "k"
-        self.claim_socket = path / "claim.sock"
+        self.claim_socket = path / CLAIM_SOCKET
 
     @classmethod
     def open(cls, path: Path | str | None = None) -> RuntimeRoot:
@@ -115,7 +119,7 @@ class RuntimeRoot:
         dead: list[OwnerDirectory] = []
         with _locked_directory(self.path):
             for entry in sorted(self.path.iterdir()):
-                if _OWNER_NAME.fullmatch(entry.name):
+                if is_owner_name(entry.name):
                     owner = _take_over(entry, create_lock=True)
                     # Let go of at once, under the root's lock: a gateway that starts must not take it for living.
                     if owner is not None and not gateways and owner.awaits_gateway:
@@ -129,8 +133,8 @@ class RuntimeRoot:
         found = []
         for role in self.path.glob("*/role"):
             with contextlib.suppress(OSError):
-                if _OWNER_NAME.fullmatch(role.parent.name) and role.read_text() == _GATEWAY:
-                    found.append((role.parent / "kind").read_text())
+                if is_owner_name(role.parent.name) and is_gateways(role.parent):
+                    found.append(_note(role.parent / "kind"))
         return found
 
     def remove_links_into(self, owner: OwnerDirectory) -> None:
@@ -141,11 +145,11 @@ class RuntimeRoot:
                     link.unlink()
 
 
-def owner_lives(path: Path) -> bool:
-    """Whether a living process owns the owner directory at `path`. Blocks."""
+def owner_lives(path: Path) -> bool | None:
+    """Whether a living process owns the owner directory at `path`; None where it cannot be seen. Blocks, bounded."""
     try:
-        # Under the root's lock: who starts as this owner at this moment must not find the lock taken.
-        with _locked_directory(path.parent):
+        # Under the root's lock: who starts as this owner, or reaps it, at this moment must not find its lock taken.
+        with _glance(path.parent):
             lock = os.open(path / "lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -153,9 +157,25 @@ def owner_lives(path: Path) -> bool:
                 os.close(lock)
     except BlockingIOError:
         return True
-    except OSError:  # it is gone, or was never there
-        return False
+    except OSError:  # it is gone, was never there, or is not ours to see
+        return None
     return False
+
+
+def is_gateways(owner: Path) -> bool:
+    """Whether a gateway owns, or owned, the owner directory at `owner`."""
+    try:
+        return _note(owner / "role") == _GATEWAY
+    except OSError:
+        return False
+
+
+def is_in_grace(owner: Path) -> bool:
+    """Whether the dead gateway whose directory this is may still be continued: found dead lately, or by nobody yet."""
+    try:
+        return time.time() - (owner / "dead").stat().st_mtime < GATEWAY_GRACE
+    except OSError:
+        return True
 
 
 class OwnerDirectory:
@@ -176,7 +196,7 @@ class OwnerDirectory:
 
         None as well for a dead gateway that the next one may continue.
         """
-        if not _OWNER_NAME.fullmatch(path.name):
+        if not is_owner_name(path.name):
             return None
         try:
             with _locked_directory(path.parent):
@@ -213,7 +233,7 @@ class OwnerDirectory:
     def read_kind(self) -> str | None:
         """Return what `write_kind` noted; None if the owner died before."""
         try:
-            return (self.path / "kind").read_text()
+            return _note(self.path / "kind")
         except FileNotFoundError:
             return None
 
@@ -224,10 +244,7 @@ class OwnerDirectory:
     @property
     def is_gateways(self) -> bool:
         """Whether `mark_gateway` was called."""
-        try:
-            return (self.path / "role").read_text() == _GATEWAY
-        except OSError:
-            return False
+        return is_gateways(self.path)
 
     def continue_as_gateway(self) -> None:
         """Forget that the gateway that owned this was found dead: it lives again, in us."""
@@ -238,18 +255,14 @@ class OwnerDirectory:
         """Whether the next gateway may still continue as this dead owner; asking notes when that was first asked."""
         if not self.is_gateways:
             return False
-        mark = self.path / "dead"
-        try:
-            return time.time() - mark.stat().st_mtime < GATEWAY_GRACE
-        except FileNotFoundError:
-            # On a full disk nobody learns since when: then the next gateway has all the time it wants.
-            with contextlib.suppress(OSError):
-                mark.touch()
-            return True
+        # On a full disk nobody learns since when: then the next gateway has all the time it wants.
+        with contextlib.suppress(OSError):
+            (self.path / "dead").open("x").close()
+        return is_in_grace(self.path)
 
     def sandbox_ids(self) -> list[str]:
         """Return the sandboxes that have a directory here."""
-        return sorted(entry.name for entry in self.path.iterdir() if _SANDBOX_NAME.fullmatch(entry.name))
+        return sorted(entry.name for entry in self.path.iterdir() if is_sandbox_id(entry.name))
 
     def close(self) -> None:
         """Remove the directory with all that is in it and give the lock up. May be called again."""
@@ -266,9 +279,19 @@ class OwnerDirectory:
             self._lock = None
 
     def _path_of(self, sandbox_id: str) -> Path:
-        if not _SANDBOX_NAME.fullmatch(sandbox_id):
+        if not is_sandbox_id(sandbox_id):
             raise ValueError(f"a sandbox id has 16 hexadecimal digits, not {sandbox_id!r}")
         return self.path / sandbox_id
+
+
+def is_owner_name(name: str) -> bool:
+    """Whether a directory's name in the root is that of an owner."""
+    return _OWNER_NAME.fullmatch(name) is not None
+
+
+def is_sandbox_id(name: str) -> bool:
+    """Whether a file's name is that of a sandbox, and not of something that a person put there."""
+    return _SANDBOX_NAME.fullmatch(name) is not None
 
 
 def check_length(root: Path) -> None:
@@ -306,6 +329,28 @@ def _locked_directory(path: Path) -> Iterator[None]:
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _note(path: Path) -> str:
+    """Return a line that an owner wrote; a damaged one is none that anybody looks for. Raises OSError."""
+    return path.read_text(errors="replace")
+
+
+@contextlib.contextmanager
+def _glance(root: Path) -> Iterator[None]:
+    """Hold a share of the root's lock for a moment; whoever keeps all of it for long is not waited for."""
+    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        deadline = time.monotonic() + _GLANCE_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.01)
         yield
     finally:
         os.close(descriptor)

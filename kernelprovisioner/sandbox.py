@@ -282,9 +282,10 @@ class Sandbox:
     def _note_claim(self, request: ClaimRequest) -> None:
         """Begin to write the record of a claim that was acknowledged; `recorded` waits for it.
 
-        A gateway that dies before it is written finds a warm record whose key opens nothing, and reaps the sandbox.
+        A gateway that dies before it is written finds a warm record whose key opens nothing, and reaps the sandbox. One
+        that goes meanwhile gets none: its record is being removed.
         """
-        if self.record is None:
+        if self.record is None or self.state is SandboxState.GONE:
             return
         self.record = msgspec.structs.replace(
             self.record,

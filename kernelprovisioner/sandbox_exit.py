@@ -18,12 +18,12 @@ class ExitCause(enum.StrEnum):
     OUT_OF_MEMORY = "out_of_memory"  # the operating system killed it at its memory limit
     TIME_LIMIT = "time_limit"  # it passed its time limit and could not be interrupted
     REMOVED = "removed"  # somebody killed or removed the container from outside
-    EVICTED = "evicted"  # the pool was full and somebody waited for the place
+    EVICTED = "evicted"  # the pool was full and somebody waited for the place, or its owner was at its limit
     IDLE = "idle"  # nobody used its session for as long as sessions may be idle
     START_FAILED = "start_failed"  # it never became warm
     GATEWAY = "gateway"  # the gateway went away or drained
     ENGINE = "engine"  # the container engine stopped or was restarted, and took it along
-    PROTOCOL = "protocol"  # it sent what is not the protocol, or stopped to answer
+    PROTOCOL = "protocol"  # it sent what is not the protocol, or stopped answering
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class CellReference:
 class SandboxExit:
     """Why a sandbox died, with what is known of it. `str()` gives one sentence for a person.
 
-    `evidence`: `limit_mb` and `peak_mb` (out of memory), `limit_seconds` (time limit, idle), `reason` (free text).
+    `evidence`: `limit_mb` and `peak_mb` (out of memory), `limit_seconds` (time limit, idle), `limit_sessions`
+    (evicted at its owner's limit), `reason` (free text).
     """
 
     cause: ExitCause
@@ -69,7 +70,11 @@ class SandboxExit:
             case ExitCause.REMOVED:
                 return "The sandbox was killed or removed from outside."
             case ExitCause.EVICTED:
-                return "The session had been idle and gave its sandbox up: all places were taken and somebody waited."
+                limit = self.evidence.get("limit_sessions")
+                why = "all places were taken and somebody waited"
+                if limit is not None:
+                    why = f"its owner began another one, and may have {limit} at once"
+                return f"The session had been idle and gave its sandbox up: {why}."
             case ExitCause.IDLE:
                 limit = self.evidence.get("limit_seconds")
                 unused = f"for {_duration(limit)}" if limit is not None else "for long"
@@ -84,7 +89,7 @@ class SandboxExit:
             case ExitCause.ENGINE:
                 return "The container engine stopped or was restarted, which ended the sandbox."
             case ExitCause.PROTOCOL:
-                return "The sandbox broke the protocol or stopped to answer, and was ended."
+                return "The sandbox broke the protocol or stopped answering, and was ended."
 
     def as_dict(self) -> dict[str, Any]:
         """Return the exit for a JSON answer: cause, exit_code, signal, evidence, at (ISO 8601), cell, text."""

@@ -77,6 +77,8 @@ class Sandboxes:
         deadline = asyncio.get_running_loop().time() + timeout
         try:
             await self.launcher.adopt(launched)
+            if not launched.directory.is_dir():
+                raise LaunchError(f"sandbox {record.sandbox_id} cannot be taken over: its directory is gone")
             supervisor, wire = await reconnect(record, launched, ended, self._unfinished, timeout=timeout)
             try:
                 sandbox = Sandbox(launched, supervisor, wire, self)
@@ -87,7 +89,8 @@ class Sandboxes:
                 raise
         except BaseException as error:
             self._container_ended.pop(record.sandbox_id, None)
-            if isinstance(error, LaunchError):
+            # Whatever a damaged record brings about.
+            if isinstance(error, Exception):
                 self.run(self.launcher.discard(record.sandbox_id))
             raise
         self._live[sandbox.id] = sandbox

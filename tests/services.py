@@ -159,6 +159,14 @@ class Engine:
                 time.sleep(0.05)
         noted.unlink(missing_ok=True)
 
+    def _end_shims(self) -> None:
+        """End what a killed engine was just starting, and the next one knows nothing of."""
+        address = str(self.directory / "exec").encode()
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if address in (process / "cmdline").read_bytes():
+                    os.kill(int(process.name), signal.SIGKILL)
+
     def kill(self) -> None:
         """End the program at once, as a crash does; its containers go on until it starts again."""
         assert self._process is not None
@@ -189,9 +197,12 @@ class Engine:
                     os.killpg(self._process.pid, signal.SIGKILL)
                     self._process.wait()
             self._process = None
+            self._end_shims()
             # A killed engine's mount of its own data is never undone by the next one.
-            while os.path.ismount(CACHE / self._name):
-                subprocess.run(["umount", str(CACHE / self._name)], check=True)
+            data = str(CACHE / self._name)
+            # os.path.ismount does not see a directory that is mounted on itself.
+            while data in [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]:
+                subprocess.run(["umount", data], check=True)
         if self.directory.exists():
             shutil.rmtree(self.directory)
         if self._lock is not None:

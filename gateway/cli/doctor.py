@@ -14,7 +14,7 @@ from gateway.cli.engine import engine_client
 from gateway.cli.terminal import one_line
 from gateway.diagnosis import diagnose
 from gateway.errors import StartError
-from gateway.verdicts import Judgement, Verdict, failure, worst
+from gateway.verdicts import Judgement, Verdict, counted, failure, worst
 from kernelprovisioner.runtime import default_root
 
 _COLOURS = {Verdict.OK: "32", Verdict.WARNING: "33", Verdict.FAILURE: "31"}
@@ -52,7 +52,6 @@ def as_text(found: Sequence[Judgement], *, colour: bool) -> str:
         if one.mend:
             lines.append(f"{'':7}  {'':{width}}  → {one_line(one.mend)}")
     counts = {verdict: sum(one.verdict is verdict for one in found) for verdict in Verdict}
-    lines.append(
-        f"\n{counts[Verdict.FAILURE]} failures, {counts[Verdict.WARNING]} warnings, {counts[Verdict.OK]} in order."
-    )
+    wrong = f"{counted(counts[Verdict.FAILURE], 'failure')}, {counted(counts[Verdict.WARNING], 'warning')}"
+    lines.append(f"\n{wrong}, {counts[Verdict.OK]} in order.")
     return "\n".join(lines)

@@ -143,7 +143,8 @@ def _show(
         return
     if arguments.watch and sys.stdout.isatty():
         print(_CLEAR, end="")
-    print(table(rows(found, usages, percents, time.time())))
+    if found.sandboxes:
+        print(table(rows(found, usages, percents, time.time())))
     print(summary(found), flush=True)
     for problem in found.problems:
         print(f"samovar ps: {problem}", file=sys.stderr)
@@ -155,9 +156,8 @@ def summary(found: Inventory) -> str:
     said = ", ".join(f"{count} {state}" for state, count in counts.items() if count) or "no sandboxes"
     left = sum(sandbox.owner.life.value == "dead" for sandbox in found.sandboxes)
     if left:
-        said += (
-            f"; {left} of owners that are gone: the next gateway takes them up or removes them, samovar reap does now"
-        )
+        said += f"; {left} of owners that are gone: the next gateway takes them up or removes them; "
+        said += "samovar reap removes them at once"
     return said
 
 

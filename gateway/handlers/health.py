@@ -15,7 +15,7 @@ class HealthHandler(ExecFamilyHandler):
 
 
 class DetailedHealthHandler(ExecFamilyHandler):
-    """Engine, pools and images, each with its status and how long its answer took."""
+    """Engine, images, pools, records and directories, each with its status; and how sandboxes ended, by cause."""
 
     async def get(self) -> None:
         self.check_monitoring()

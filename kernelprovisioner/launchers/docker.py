@@ -4,56 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import os
 import time
-from collections.abc import Callable, Coroutine, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Coroutine, Mapping
+from typing import Any
 
 from traitlets import Enum, Integer, Unicode, default
 
 from kernelprovisioner.images import ImageError, KernelImage
 from kernelprovisioner.launchers.base import EngineUnavailable, ExitCallback, Launched, LaunchError, LaunchRequest
 from kernelprovisioner.launchers.configurable import ConfigurableLauncher
-from kernelprovisioner.launchers.container_spec import LABEL_OWNER, LABEL_SANDBOX
+from kernelprovisioner.launchers.container_ends import Container, ContainerEnds
+from kernelprovisioner.launchers.container_spec import LABEL_OWNER
 from kernelprovisioner.launchers.docker_engine import ENGINE_ERRORS, Engine, engine_url, explain, new_client
-from kernelprovisioner.launchers.docker_events import Event, EventWatch
+from kernelprovisioner.launchers.docker_events import EventWatch
 from kernelprovisioner.launchers.docker_maker import ContainerMaker
-from kernelprovisioner.launchers.engine_state import SLOW_SECONDS, EngineState
-from kernelprovisioner.launchers.exits import Evidence
+from kernelprovisioner.launchers.engine_calls import EngineCalls
+from kernelprovisioner.launchers.engine_state import SLOW_SECONDS
 from kernelprovisioner.patience import all_done, end
 from kernelprovisioner.runtime import OwnerDirectory, RuntimeRoot
-from kernelprovisioner.sandbox_exit import ExitCause
 from kernelprovisioner.traits import FiniteFloat
 
-#: how long the engine's other events may come after the `die` of a killed container
-_EVIDENCE_SECONDS = 0.5
-#: how long an engine may take to say that it is there, while somebody waits for the cause of a death
-_GOING_SECONDS = 1.0
 #: events may get lost, so that the engine's list is compared at least this often
 _RECONCILE_SECONDS = 30.0
 _RETRY_PAUSE = 0.5
 #: what an engine has not removed by then goes on being removed behind a gateway that starts
 _SETTLE_SECONDS = 10.0
 
-T = TypeVar("T")
 _log = logging.getLogger(__name__)
-
-
-@dataclass
-class _Container:
-    """What is known of one container between its launch and its confirmed removal."""
-
-    sandbox_id: str
-    image: KernelImage | None = None
-    launched: Launched | None = None
-    launched_at: float = 0.0
-    evidence: Evidence = field(default_factory=Evidence)
-    news: asyncio.Event = field(default_factory=asyncio.Event)
-    removal: asyncio.Task[None] | None = None
 
 
 class DockerLauncher(ConfigurableLauncher):
@@ -83,17 +62,18 @@ class DockerLauncher(ConfigurableLauncher):
 
     def __init__(self, runtime: RuntimeRoot, **kwargs: Any) -> None:
         super().__init__(runtime, **kwargs)
-        self._containers: dict[str, _Container] = {}
+        self._containers: dict[str, Container] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._look_again = asyncio.Event()
         self._engine: Engine | None = None
-        self._threads: ThreadPoolExecutor | None = None
+        self._calls = EngineCalls()
+        self._state = self._calls.state
+        self._ends: ContainerEnds | None = None
         self._watch: EventWatch | None = None
         #: dead owners whose things are removed when what we continue is safe
         self._dead: list[OwnerDirectory] = []
         self._reconciling: asyncio.Task[None] | None = None
         self._maker: ContainerMaker | None = None
-        self._state = EngineState()
 
     @property
     def available(self) -> bool:
@@ -112,15 +92,15 @@ class DockerLauncher(ConfigurableLauncher):
         return None
 
     async def start(self, on_exit: ExitCallback, *, resume: bool = False) -> None:
-        self._on_exit = on_exit
-        self._threads = ThreadPoolExecutor(self.engine_threads, "samovar-engine")
+        self._calls.start(self.docker_url, self.engine_threads)
         try:
-            self._engine = await self._call(Engine.connect, self.docker_url, self.engine_timeout)
-            await self._call(self._prepare, resume)
+            self._engine = await self._calls.run(Engine.connect, self.docker_url, self.engine_timeout)
+            await self._calls.run(self._prepare, resume)
+            self._ends = ContainerEnds(self._containers, self._engine, self._calls, self._own, on_exit)
             self._watch = EventWatch(
                 lambda: new_client(self.docker_url, self.engine_timeout),
                 f"{LABEL_OWNER}={self.owner.path}",
-                self._event,
+                self._ends.event,
                 self._connected,
                 self._lost,
             )
@@ -139,10 +119,10 @@ class DockerLauncher(ConfigurableLauncher):
         if sandbox_id in self._containers:
             raise ValueError(f"sandbox {sandbox_id} is known already")
         # Known before it is looked at, so that no event of its end is missed in between.
-        container = _Container(sandbox_id, launched.image, launched, asyncio.get_running_loop().time())
+        container = Container(sandbox_id, launched.image, launched, asyncio.get_running_loop().time())
         self._containers[sandbox_id] = container
         try:
-            state = await self._call(self._engine_now().state, sandbox_id)
+            state = await self._calls.run(self._engine_now().state, sandbox_id)
             if state.get("Status") != "running":
                 raise LaunchError(f"sandbox {sandbox_id} is gone: {_how_it_ended(state)}")
         except ENGINE_ERRORS as error:
@@ -153,7 +133,7 @@ class DockerLauncher(ConfigurableLauncher):
             raise
 
     async def discard(self, sandbox_id: str) -> None:
-        container = self._containers.setdefault(sandbox_id, _Container(sandbox_id))
+        container = self._containers.setdefault(sandbox_id, Container(sandbox_id))
         try:
             await asyncio.shield(self._removal(container))
         except LaunchError as error:
@@ -165,7 +145,7 @@ class DockerLauncher(ConfigurableLauncher):
         if dead:
             self._own(self._reap_later(dead))
         try:
-            unknown = await self._unknown()
+            unknown = await self._unknown(await self._listed())
         except ENGINE_ERRORS as error:
             _log.warning("what an earlier gateway left is removed later: %s", explain(error))
             self._look_again.set()
@@ -178,7 +158,7 @@ class DockerLauncher(ConfigurableLauncher):
 
     async def _reap_later(self, dead: list[OwnerDirectory]) -> None:
         try:
-            await self._call(self._reap, dead)
+            await self._calls.run(self._reap, dead)
         except ENGINE_ERRORS as error:
             _log.warning("what dead owners left is removed by the next start: %s", explain(error))
         finally:
@@ -187,7 +167,7 @@ class DockerLauncher(ConfigurableLauncher):
 
     async def template(self, image: KernelImage) -> str | None:
         try:
-            return await self._call(self._maker_now().template, image)
+            return await self._calls.run(self._maker_now().template, image)
         except (LaunchError, ImageError, *ENGINE_ERRORS) as error:
             _log.debug("no template of %s: %s", image.name, explain(error))
             return None
@@ -195,9 +175,9 @@ class DockerLauncher(ConfigurableLauncher):
     async def launch(self, request: LaunchRequest) -> Launched:
         if request.sandbox_id in self._containers:
             raise ValueError(f"sandbox {request.sandbox_id} exists already")
-        container = _Container(request.sandbox_id, request.image)
+        container = Container(request.sandbox_id, request.image)
         self._containers[request.sandbox_id] = container
-        making = asyncio.ensure_future(self._call(self._make, request))
+        making = asyncio.ensure_future(self._calls.run(self._make, request))
         try:
             container.launched = await asyncio.shield(making)
         except asyncio.CancelledError:
@@ -205,7 +185,7 @@ class DockerLauncher(ConfigurableLauncher):
             self._own(self._remove_when_made(making, container))
             raise
         except BaseException:
-            if request.sandbox_id in await self._call(self.owner.sandbox_ids):
+            if request.sandbox_id in await self._calls.run(self.owner.sandbox_ids):
                 # The engine went away in between, and may have made the container all the same.
                 self._own(self._removed_or_left(container))
             else:
@@ -213,7 +193,7 @@ class DockerLauncher(ConfigurableLauncher):
             raise
         container.launched_at = asyncio.get_running_loop().time()
         if container.evidence.ended:
-            words = await self._call(self._engine_now().last_words, request.sandbox_id)
+            words = await self._calls.run(self._engine_now().last_words, request.sandbox_id)
             await self.destroy(container.launched)
             raise LaunchError(
                 f"the sandbox ended at once (exit code {container.evidence.exit_code}): {words}".rstrip(": ")
@@ -222,7 +202,7 @@ class DockerLauncher(ConfigurableLauncher):
 
     async def warmed(self, launched: Launched) -> None:
         try:
-            await self._call(self._engine_now().give_full_share, launched.runtime_id)
+            await self._calls.run(self._engine_now().give_full_share, launched.runtime_id)
         except ENGINE_ERRORS as error:
             # One that is just dying: its exit is told by the events.
             _log.debug("sandbox %s keeps its low share of CPU: %s", launched.sandbox_id, explain(error))
@@ -266,40 +246,25 @@ class DockerLauncher(ConfigurableLauncher):
         for owner in self._dead:
             owner.release()
         await asyncio.to_thread(self._give_owner_up, keep or bool(left))
-        if self._threads is not None:
-            self._threads.shutdown(wait=False, cancel_futures=True)
-            self._threads = None
+        self._calls.stop()
         return left
-
-    # --- in threads -------------------------------------------------------------------------------------------------
-
-    async def _call(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Run a blocking function in one of our bounded threads."""
-        if self._threads is None:
-            raise RuntimeError("the docker launcher is not started")
-        return await asyncio.get_running_loop().run_in_executor(
-            self._threads, functools.partial(self._timed, function, *arguments)
-        )
-
-    def _timed(self, function: Callable[..., T], *arguments: Any) -> T:
-        """From when a thread has it: one that waits for a thread says nothing of the engine."""
-        self._state.began(time.monotonic())
-        try:
-            return function(*arguments)
-        finally:
-            took = self._state.ended(time.monotonic())
-            if took is not None:
-                _log.warning("the container engine at %s is slow: a call took %.1f s", self.docker_url, took)
 
     def _engine_now(self) -> Engine:
         if self._engine is None:
             raise RuntimeError("the docker launcher is not started")
         return self._engine
 
+    def _ends_now(self) -> ContainerEnds:
+        if self._ends is None:
+            raise RuntimeError("the docker launcher is not started")
+        return self._ends
+
     def _maker_now(self) -> ContainerMaker:
         if self._maker is None:
             raise RuntimeError("the docker launcher is not started")
         return self._maker
+
+    # --- in threads -------------------------------------------------------------------------------------------------
 
     def _prepare(self, resume: bool) -> None:
         """Take an owner directory, reap what dead owners left in this engine, make the network where one is needed."""
@@ -358,7 +323,7 @@ class DockerLauncher(ConfigurableLauncher):
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _removed_or_left(self, container: _Container) -> None:
+    async def _removed_or_left(self, container: Container) -> None:
         # LaunchError: it stays, as stop() tells.
         with contextlib.suppress(LaunchError, *ENGINE_ERRORS):
             await self._removal(container)
@@ -371,9 +336,9 @@ class DockerLauncher(ConfigurableLauncher):
 
     async def _remove_network(self, engine: Engine, network: str) -> None:
         with contextlib.suppress(*ENGINE_ERRORS):
-            await self._call(engine.remove_network, network)
+            await self._calls.run(engine.remove_network, network)
 
-    def _removal(self, container: _Container) -> asyncio.Task[None]:
+    def _removal(self, container: Container) -> asyncio.Task[None]:
         """Return the one task that removes this container; a new one where the last has failed."""
         removal = container.removal
         if removal is None or (removal.done() and (removal.cancelled() or removal.exception() is not None)):
@@ -381,11 +346,11 @@ class DockerLauncher(ConfigurableLauncher):
             container.removal = removal
         return removal
 
-    async def _remove(self, container: _Container) -> None:
+    async def _remove(self, container: Container) -> None:
         deadline = asyncio.get_running_loop().time() + self.destroy_timeout
         while True:
             try:
-                await self._call(self._clear, container.sandbox_id)
+                await self._calls.run(self._clear, container.sandbox_id)
                 break
             except ENGINE_ERRORS as error:
                 if asyncio.get_running_loop().time() > deadline:
@@ -393,7 +358,7 @@ class DockerLauncher(ConfigurableLauncher):
             await asyncio.sleep(_RETRY_PAUSE)
         self._containers.pop(container.sandbox_id, None)
 
-    async def _remove_when_made(self, making: asyncio.Future[Launched], container: _Container) -> None:
+    async def _remove_when_made(self, making: asyncio.Future[Launched], container: Container) -> None:
         await asyncio.gather(making, return_exceptions=True)
         await self._removal(container)
 
@@ -401,8 +366,7 @@ class DockerLauncher(ConfigurableLauncher):
         """The engine's events come: the first time, or again."""
         away = self._state.connected(time.monotonic())
         if restarted:
-            for container in self._containers.values():
-                container.evidence.engine_restarted = container.launched is not None
+            self._ends_now().engine_restarted()
         self._look_again.set()
         if away is not None:
             _log.warning(
@@ -416,51 +380,6 @@ class DockerLauncher(ConfigurableLauncher):
         if self._state.lost(time.monotonic(), reason):
             _log.warning("the container engine at %s is away: %s", self.docker_url, reason)
 
-    def _event(self, event: Event) -> None:
-        attributes = event.get("Actor", {}).get("Attributes", {})
-        container = self._containers.get(attributes.get(LABEL_SANDBOX, ""))
-        if container is None:
-            return
-        ended = container.evidence.ended
-        container.evidence.add_event(str(event.get("Action")), attributes, asyncio.get_running_loop().time())
-        container.news.set()
-        if container.evidence.ended and not ended:
-            self._own(self._conclude(container))
-
-    async def _conclude(self, container: _Container) -> None:
-        """Tell why a container ended, once all evidence had its time to come; not for what we remove ourselves."""
-        evidence = container.evidence
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_EVIDENCE_SECONDS):
-                while not evidence.conclusive:
-                    container.news.clear()
-                    await container.news.wait()
-        if container.removal is not None or container.launched is None:
-            return
-        if evidence.oom_events and container.image is not None:
-            evidence.more["limit_mb"] = container.image.limits.container_memory_mb
-        verdict = evidence.verdict()
-        if verdict.cause is ExitCause.REMOVED and await self._engine_is_going():
-            evidence.engine_restarted = True
-            verdict = evidence.verdict()
-        if verdict.cause is ExitCause.EXITED and verdict.exit_code:
-            # PID 1 speaks only when it cannot start the kernel: then its words are the reason.
-            words = await self._call(self._engine_now().last_words, container.sandbox_id)
-            if words:
-                evidence.more["reason"] = words
-        self._on_exit(container.sandbox_id, verdict)
-
-    async def _engine_is_going(self) -> bool:
-        """Whether the engine stops: it stops to answer first, then ends its containers, and tells that to the last."""
-        try:
-            async with asyncio.timeout(_GOING_SECONDS):
-                await self._call(self._engine_now().ping)
-        except TimeoutError:
-            return not self.available
-        except ENGINE_ERRORS:
-            return True
-        return not self.available
-
     async def _keep_reconciled(self) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
@@ -473,42 +392,38 @@ class DockerLauncher(ConfigurableLauncher):
                 # That it is away has been told; the next connection looks again.
                 level = logging.WARNING if self.available else logging.DEBUG
                 _log.log(level, "could not compare sandboxes with the engine's list: %s", explain(error))
+            except Exception:
+                # The next round may go well, and nobody else looks.
+                _log.exception("comparing sandboxes with the engine's list failed")
 
     async def _reconcile(self) -> None:
         """Compare with the engine's list: end what it lost, remove what it still has and we do not know."""
         asked_at = asyncio.get_running_loop().time()
-        listed = await self._call(self._engine_now().states_of, self.owner.path)
+        listed = await self._listed()
         if not self._unsettled:
-            # Directories, too: of a launch that failed while the engine was away nothing else is left.
-            there = await self._call(self.owner.sandbox_ids)
-            for sandbox_id in (listed.keys() | set(there)) - self._containers.keys() - {""}:
-                await self._call(self._clear, sandbox_id)
+            for sandbox_id in await self._unknown(listed):
+                await self._calls.run(self._clear, sandbox_id)
         for container in list(self._containers.values()):
             if container.removal is not None:
                 if container.removal.done():
                     await self._removal(container)
             elif container.launched is not None and container.launched_at < asked_at and not container.evidence.ended:
-                await self._look_at(container, listed)
+                await self._ends_now().look_at(container, listed)
 
-    async def _unknown(self) -> set[str]:
+    async def _listed(self) -> dict[str, str]:
+        """Return the states of our owner's containers as the engine lists them, by sandbox id."""
+        return await self._calls.run(self._engine_now().states_of, self.owner.path)
+
+    async def _unknown(self, listed: Mapping[str, str]) -> set[str]:
         """Return the sandboxes of our owner that the engine or the runtime directory has and we do not know."""
-        listed = await self._call(self._engine_now().sandboxes_of, self.owner.path)
-        there = await self._call(self.owner.sandbox_ids)
-        return (listed | set(there)) - self._containers.keys() - {""}
-
-    async def _look_at(self, container: _Container, listed: Mapping[str, str]) -> None:
-        state: dict[str, Any] = {"Status": listed.get(container.sandbox_id)}
-        if state["Status"] is None:
-            state = {}
-        elif state["Status"] != "running":
-            state = await self._call(self._engine_now().state, container.sandbox_id)
-        if not container.evidence.ended:
-            container.evidence.add_state(state)
-            if container.evidence.ended:
-                self._own(self._conclude(container))
+        # Directories, too: of a launch that failed while the engine was away nothing else is left.
+        there = await self._calls.run(self.owner.sandbox_ids)
+        return {*listed, *there} - self._containers.keys() - {""}
 
 
 def _how_it_ended(state: Mapping[str, Any]) -> str:
     if not state:
         return "its container does not exist any more"
-    return f"its container is {state.get('Status')} (exit code {state.get('ExitCode')})"
+    status = state.get("Status")
+    what = "has ended" if status == "exited" else f"is {status}"
+    return f"its container {what} (exit code {state.get('ExitCode')})"

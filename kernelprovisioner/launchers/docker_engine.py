@@ -6,6 +6,7 @@ import errno
 import os
 import time
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ ENGINE_ERRORS = (DockerException, RequestException, OSError)
 _LOG_LINES = 20
 _LOG_BYTES = 2000
 _CONFLICT = 409
+#: A container that ended (or was made, and never started) so many seconds ago is of no use to anybody.
+_LONG_ENDED_SECONDS = 600.0
 
 _REASONS = {
     errno.ENOENT: "there is no such socket",
@@ -101,9 +104,9 @@ class Engine:
                 client.close()
                 raise
         except ENGINE_ERRORS as error:
-            raise EngineUnavailable(
-                f"no container engine answers at {url}: {explain(error)}; start Docker, or set DOCKER_BASE_URL"
-            ) from error
+            why = explain(error)
+        # Not from that one: as long as somebody keeps ours (nbclient does), its frames keep a socket open.
+        raise EngineUnavailable(f"no container engine answers at {url}: {why}; start Docker, or set DOCKER_BASE_URL")
 
     def close(self) -> None:
         """Close the connections."""
@@ -181,13 +184,8 @@ class Engine:
             return ""
         return bytes(text)[-_LOG_BYTES:].decode(errors="replace").strip()
 
-    def sandboxes_of(self, owner: Path) -> set[str]:
-        """Return the ids of all sandboxes whose container carries this owner's label, running or not."""
-        found = self._client.containers(all=True, filters={"label": f"{LABEL_OWNER}={owner}"})
-        return {container["Labels"].get(LABEL_SANDBOX, "") for container in found}
-
     def states_of(self, owner: Path) -> dict[str, str]:
-        """Return the state (`running`, `exited`, …) of each of this owner's sandboxes that has a container."""
+        """Return the state (`running`, `exited`, …) of this owner's containers, by sandbox id."""
         found = self._client.containers(all=True, filters={"label": f"{LABEL_OWNER}={owner}"})
         return {container["Labels"].get(LABEL_SANDBOX, ""): str(container["State"]) for container in found}
 
@@ -213,16 +211,18 @@ class Engine:
 
         `dead` are those whose lock we hold. An owner elsewhere is reaped if its directory can be seen and its lock is
         free, or if it is of an earlier boot of this machine; all others are left alone, and a dead gateway that the
-        next one may continue.
+        next one may continue. Whosever they are, containers that ended long ago go: an owner whose directory was lost
+        with the runtime directory is seen from nowhere, and its sandboxes end by themselves.
         """
         ours = {owner.path for owner in dead}
         current = boot_label()
         removed = 0
         failed: set[Path] = set()
-        for path, boot, remove in self._owned():
+        for path, item, remove in self._owned():
             taken = None if path in ours else OwnerDirectory.take_over(path)
+            boot = item["Labels"].get(LABEL_BOOT)
             try:
-                if path in ours or taken is not None or of_an_earlier_boot(boot, current):
+                if path in ours or taken is not None or of_an_earlier_boot(boot, current) or self._is_long_ended(item):
                     remove()
                     removed += 1
             except ENGINE_ERRORS:
@@ -232,10 +232,26 @@ class Engine:
                     taken.release()
         return removed, failed
 
-    def _owned(self) -> list[tuple[Path, str | None, Any]]:
-        """Everything that Samovar made in this engine: its owner, boot label and how to remove it; containers first."""
+    def _is_long_ended(self, item: Mapping[str, Any]) -> bool:
+        """Whether it is a container that has not run for long."""
+        state = item.get("State")
+        if state == "created":
+            ended = float(item["Created"])
+        elif state in ("exited", "dead"):
+            try:
+                finished = str(self._client.inspect_container(item["Id"])["State"]["FinishedAt"])
+            except NotFound:
+                return False
+            # Nanoseconds are more than Python reads.
+            ended = datetime.fromisoformat(finished[:19]).replace(tzinfo=UTC).timestamp()
+        else:
+            return False
+        return time.time() - ended > _LONG_ENDED_SECONDS
+
+    def _owned(self) -> list[tuple[Path, Mapping[str, Any], Any]]:
+        """Everything that Samovar made in this engine: its owner, as it is listed, how it goes; containers first."""
         filters = {"label": f"{LABEL_MANAGED}=true"}
-        found: list[tuple[Path, str | None, Any]] = []
+        found: list[tuple[Path, Mapping[str, Any], Any]] = []
         for item, remove in [
             *(
                 (item, self._container_remover(item["Id"]))
@@ -246,7 +262,7 @@ class Engine:
             labels = item["Labels"]
             owner = labels.get(LABEL_OWNER, "")
             if os.path.isabs(owner):
-                found.append((Path(owner), labels.get(LABEL_BOOT), remove))
+                found.append((Path(owner), item, remove))
         return found
 
     def _container_remover(self, container_id: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 import os
 import secrets
 import subprocess
@@ -28,7 +29,7 @@ from kernelprovisioner.launchers.configurable import (
 )
 from kernelprovisioner.launchers.exits import exit_of_code
 from kernelprovisioner.patience import all_done
-from kernelprovisioner.runtime import OwnerDirectory, RuntimeRoot
+from kernelprovisioner.runtime import OwnerDirectory, RuntimeRoot, is_sandbox_id
 from kernelprovisioner.sandbox_exit import ExitCause, SandboxExit
 from kernelprovisioner.traits import FiniteFloat
 
@@ -40,6 +41,7 @@ PROCESS_ID_PREFIX = "process:"
 _KIND = "process"
 _LOG_BYTES = 2000
 _POLL_SECONDS = 0.05
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -102,7 +104,12 @@ class ProcessLauncher(ConfigurableLauncher):
         there = await asyncio.to_thread(_left_in, self.owner)
         unwanted = there - self._children.keys()
         unwanted |= {sandbox_id for sandbox_id, child in self._children.items() if child.ending is not None}
-        await asyncio.gather(*(self.discard(sandbox_id) for sandbox_id in unwanted))
+        tried = await asyncio.gather(*(self.discard(sandbox_id) for sandbox_id in unwanted), return_exceptions=True)
+        for error in tried:
+            if isinstance(error, OSError):
+                _log.warning("what an earlier gateway left is removed when this one stops: %s", error)
+            elif error is not None:
+                raise error
 
     async def template(self, image: KernelImage) -> str | None:
         return self._template(image)
@@ -113,7 +120,8 @@ class ProcessLauncher(ConfigurableLauncher):
         with runtime_errors_as_launch_errors():
             directory = self.owner.sandbox_directory(request.sandbox_id)
         try:
-            return await self._launch(request, directory)
+            with runtime_errors_as_launch_errors():
+                return self._launch(request, directory)
         except BaseException:
             await asyncio.shield(asyncio.to_thread(self._remove_directory, request.sandbox_id))
             raise
@@ -142,14 +150,13 @@ class ProcessLauncher(ConfigurableLauncher):
         await asyncio.to_thread(self._give_owner_up, keep or bool(left))
         return left
 
-    async def _launch(self, request: LaunchRequest, directory: Path) -> Launched:
+    def _launch(self, request: LaunchRequest, directory: Path) -> Launched:
         directory.chmod(0o700)
         work_directory = _work_directory(request, directory)
         home = directory / "home"
         home.mkdir(mode=0o700)
         key, token = secrets.token_hex(32), secrets.token_hex(32)
-        with runtime_errors_as_launch_errors():
-            channels, supervisor = ipc_endpoints(directory)
+        channels, supervisor = ipc_endpoints(directory)
         config = {
             "token": token,
             "key": key,
@@ -162,7 +169,13 @@ class ProcessLauncher(ConfigurableLauncher):
         environment = sandbox_environment(os.environ, request.image, home) | {"SAMOVAR_SUPERVISOR": json.dumps(config)}
         process = _start_supervisor(environment, directory / "log")
         child = _Child(psutil.Process(process.pid), process)
-        self._note(request.sandbox_id).write_text(f"{process.pid} {child.tree.create_time()!r}")
+        try:
+            self._note(request.sandbox_id).write_text(f"{process.pid} {child.tree.create_time()!r}")
+        except BaseException:
+            # Whoever reaps could not find it.
+            process.kill()
+            process.wait()
+            raise
         self._watch(request.sandbox_id, child, directory)
         return Launched(
             sandbox_id=request.sandbox_id,
@@ -281,7 +294,7 @@ def _work_directory(request: LaunchRequest, directory: Path) -> Path:
 
 def _left_in(owner: OwnerDirectory) -> set[str]:
     """Return the sandboxes that an owner directory has something of."""
-    return {*owner.sandbox_ids(), *(note.stem for note in owner.path.glob("*.pid"))}
+    return {*owner.sandbox_ids(), *(note.stem for note in owner.path.glob("*.pid") if is_sandbox_id(note.stem))}
 
 
 def noted_process(note: Path) -> psutil.Process | None:

@@ -112,6 +112,9 @@ class NotebookUser(threading.Thread):
         self.outcomes[outcome] += 1
         took = round(time.monotonic() - began, 2)
         self._log.write("notebook", who=self.name, tag=tag, outcome=outcome, took=took, error=found["error"])
+        if found["error"]:
+            # While the engine is away each start fails at once.
+            self._stopped.wait(1.0)
 
     def _check(self, found: dict[str, Any], nonces: list[str], tag: str, work: Path, began: float) -> str:
         expected = [cell_text(nonce, tag, count) for count, nonce in enumerate(nonces, start=1)]

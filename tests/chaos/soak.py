@@ -126,9 +126,11 @@ def draw(samples: Sequence[Sample], sessions: int, path: Path) -> None:
     labels = {"memory": "memory (MB resident)", "containers": "containers in the engine"}
     figure, panels = pyplot.subplots(len(names), 1, sharex=True, figsize=(8, 7))
     for name, panel in zip(names, panels, strict=True):
-        panel.plot([sample.executions for sample in samples], [getattr(sample, name) for sample in samples], lw=1.2)
+        values = [getattr(sample, name) for sample in samples]
+        panel.plot([sample.executions for sample in samples], values, lw=1.2)
         panel.set_ylabel(labels.get(name, name))
-        panel.set_ylim(bottom=0)
+        panel.set_ylim(0, 1.15 * max(values))
+        panel.yaxis.get_major_locator().set_params(integer=True)
         panel.grid(alpha=0.3)
     panels[0].set_title(f"The gateway over {EXECUTIONS:,} executions in {sessions} sessions")
     panels[-1].set_xlabel("executions")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import docker
+import msgspec
 import psutil
 import pytest
 
@@ -18,7 +20,7 @@ from kernelprovisioner.claims import ClaimConnection
 from kernelprovisioner.images import KernelImage, find_image
 from kernelprovisioner.launchers.base import LaunchError, LaunchRequest
 from kernelprovisioner.pool import PoolClaim
-from kernelprovisioner.records import read_record, record_path
+from kernelprovisioner.records import read_record, record_path, write_record
 from kernelprovisioner.runtime import RuntimeRoot
 from kernelprovisioner.sandbox import ClaimRequest, ProbeError, Sandbox, SandboxState
 from kernelprovisioner.sandbox_exit import ExitCause
@@ -266,6 +268,31 @@ async def test_a_container_that_is_gone_cannot_be_adopted(
             await sandboxes.adopt(record, image, timeout=10)
         await sandboxes.discard(record)
         await sandboxes.settle()
+    assert nothing_is_left(kind, root)
+
+
+async def test_a_damaged_record_or_directory_costs_its_sandbox_only_and_no_time(
+    kind: str, root: Path, lost: Start, successor: Successor, image: KernelImage
+) -> None:
+    gateway = lost("warm", "session")
+    gateway.kill()
+    owner = Path(gateway.told["owner"])
+    shutil.rmtree(owner / gateway.told["warm"])
+    (owner / "copy.pid").write_text("1 1.0")
+    (owner / f"{'5' * 16}.pid").mkdir()
+    path = record_path(owner, gateway.told["session"])
+    write_record(owner, msgspec.structs.replace(read_record(path), channels={}))
+    async with successor() as sandboxes:
+        async with asyncio.timeout(5):
+            for sandbox_id, error, why in (
+                (gateway.told["warm"], LaunchError, "directory is gone"),
+                (gateway.told["session"], KeyError, "shell"),
+            ):
+                with pytest.raises(error, match=why):
+                    await adopt(sandboxes, sandbox_id, image)
+        await sandboxes.settle()
+        assert containers_of(kind, root) == set()
+        assert sandboxes.launcher.owner.sandbox_ids() == []
     assert nothing_is_left(kind, root)
 
 

@@ -211,7 +211,7 @@ def test_detailed_health_knows_engine_pool_and_image(directory: Path, docker_url
         report = gateway.call("GET", "/health/detailed", headers={"x-api-key": ""})
         assert report.status == 200
         directories = {f"directory:{name}" for name in ("runtime", "data", "temporary")}
-        assert set(report.body["services"]) == {"engine", "pool:python", "image:python", *directories}
+        assert set(report.body["services"]) == {"engine", "pool:python", "image:python", "records", *directories}
         assert report.body["services"]["engine"]["isolated"] is True
         pool = gateway.call("GET", "/metrics/pool", headers={"x-api-key": ""}).body["pool"]["python"]
         assert (pool["min"], pool["max"]) == (1, 1)

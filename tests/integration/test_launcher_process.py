@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import secrets
@@ -15,11 +16,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from kernelprovisioner.images import KernelImage, find_image
+from kernelprovisioner.launchers import process
 from kernelprovisioner.launchers.base import Launched, LaunchError, LaunchRequest
 from kernelprovisioner.launchers.process import ProcessLauncher, sandbox_environment
 from kernelprovisioner.runtime import OwnerDirectory, RuntimeRoot
@@ -169,6 +172,29 @@ async def test_directories_are_removed_beside_the_loop(
         await first
         await launch(launcher, image)
     assert in_loop == [False] * 3
+
+
+async def test_a_process_that_cannot_be_noted_does_not_stay(
+    runtime: RuntimeRoot, image: KernelImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    start = process._start_supervisor
+
+    def noting(*arguments: Any) -> subprocess.Popen[bytes]:
+        started.append(start(*arguments))
+        return started[0]
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(process, "_start_supervisor", noting)
+    async with launching(runtime) as (launcher, exits):
+        with monkeypatch.context() as disk:
+            disk.setattr(Path, "write_text", full)
+            with pytest.raises(LaunchError, match="No space left on device"):
+                await launch(launcher, image)
+        assert started[0].poll() is not None and exits.empty()
+        assert launcher.owner.sandbox_ids() == []
 
 
 def test_the_environment_comes_from_an_allow_list(image: KernelImage) -> None:

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 from gateway.checks import Finding, check_directory, check_engine
-from gateway.service_checks import BlockingCheck
+from gateway.service_checks import BlockingCheck, records_check
+from kernelprovisioner.records import RecordStore
+from kernelprovisioner.runtime import RuntimeRoot
 
 
 def test_a_directory_that_can_be_written(tmp_path: Path) -> None:
@@ -101,6 +103,24 @@ async def test_what_was_broken_stays_broken_until_it_answers() -> None:
     assert await check() == {"status": "unhealthy", "error": "no answer"}
     gate.set()
     assert (await check())["status"] == "healthy"
+
+
+async def test_records_that_cannot_be_written_are_told(short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    owner = RuntimeRoot.open(short_directory / "run").owner_directory()
+    store = RecordStore(owner)
+    check = records_check(store)
+    assert await check() == {"status": "healthy"}
+    monkeypatch.setattr(os, "unlink", full)
+    await store.remove("0" * 16)
+    found = await check()
+    assert found["status"] == "degraded" and "No space left on device" in found["error"]
+    assert "would not find these sandboxes again" in found["error"] and "make room" in found["remedy"]
+    monkeypatch.undo()
+    await store.close()
+    owner.close()
 
 
 async def test_a_check_that_fails_is_a_finding() -> None:

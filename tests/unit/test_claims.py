@@ -291,6 +291,19 @@ async def test_a_stopping_gateway_tells_its_holders(short_directory: Path) -> No
         assert len(pool.released) == 1
 
 
+async def test_a_stopping_gateway_does_not_wait_for_a_holder_that_is_away(short_directory: Path) -> None:
+    async with served(short_directory) as (server, pool):
+        connection = await ClaimConnection.connect(server.path)
+        await claim(connection)
+        connection.close()
+        sandbox = FakeSandbox(7, short_directory)
+        cast(Any, sandbox).record = SimpleNamespace(holder={"kind": "provisioner", "token": "t"})
+        server.restore(pool, cast(Sandbox, sandbox))
+        await asyncio.sleep(0.05)
+        await asyncio.wait_for(server.stop(), 2)
+        assert len(pool.released) == 2
+
+
 async def test_a_holder_goes_on_with_the_next_gateway(short_directory: Path) -> None:
     async with served(short_directory) as (server, pool):
         held = await GatewaySandbox.claim(server.path, Wanted("python", "k", b"key", {}))
@@ -365,7 +378,11 @@ async def test_a_gateway_that_is_about_to_start_takes_holders_back_and_no_claims
 
 @pytest.mark.parametrize(
     ("error", "code", "retry_after"),
-    [(PoolFull("the line is full", 7), "full", 7), (LaunchError("no engine"), "failed", None)],
+    [
+        (PoolFull("the line is full", 7), "full", 7),
+        (LaunchError("no engine"), "failed", None),
+        (RuntimeError("nobody thought of that"), "failed", None),
+    ],
 )
 async def test_a_no_says_why(short_directory: Path, error: Exception, code: str, retry_after: int | None) -> None:
     async with served(short_directory) as (server, pool):

@@ -7,6 +7,9 @@ import json
 import os
 import re
 import socket
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -25,7 +28,13 @@ from gateway.checks import Finding
 from gateway.cli import doctor, main, ps
 from gateway.cli import engine as engine_module
 from gateway.cli.terminal import duration, harmless, mebibytes, table
-from gateway.diagnosis import check_claim_socket, check_place, check_port, check_runtime_directory
+from gateway.diagnosis import (
+    check_claim_socket,
+    check_place,
+    check_port,
+    check_runtime_directory,
+    check_temporary_directory,
+)
 from gateway.verdicts import (
     Served,
     Verdict,
@@ -41,6 +50,7 @@ from gateway.verdicts import (
     warning,
     worst,
 )
+from kernelprovisioner import schedule
 from kernelprovisioner.images import KernelImage, Limits, PoolBounds
 from kernelprovisioner.inventory import FoundSandbox, Inventory, Life, Owner
 from kernelprovisioner.launchers.base import Endpoint
@@ -194,6 +204,14 @@ def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> No
         assert said.startswith(f"usage: samovar {name}") and "--json" in said and "--config" in said
 
 
+def test_whoever_closes_the_pipe_sees_no_traceback() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as closed:
+        ended = subprocess.run([sys.executable, "-m", "gateway.cli", "help"], stdout=closed, stderr=subprocess.PIPE)
+    assert (ended.returncode, ended.stderr) == (141, b"")
+
+
 @pytest.mark.parametrize("name", ["ps", "reap", "logs"])
 def test_a_configuration_that_makes_no_sense_is_one_sentence(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -218,6 +236,13 @@ def test_the_worst_verdict_counts() -> None:
 )
 def test_bounds(least: int, most: int, verdict: Verdict) -> None:
     assert judge_bounds(served(most, least)).verdict is verdict
+
+
+def test_a_schedule_that_asks_for_more_than_there_are_places() -> None:
+    entries = (schedule.parse("4 python on Mondays 8:55-10:00"), schedule.parse("5 python on weekdays 8:55-10:00"))
+    found = judge_bounds(dataclasses.replace(served(4, 1), schedule=entries))
+    assert found.verdict is Verdict.WARNING and "5 python on weekdays 08:55-10:00" in found.text
+    assert judge_bounds(dataclasses.replace(served(5, 1), schedule=entries)).verdict is Verdict.OK
 
 
 @pytest.mark.parametrize(
@@ -298,6 +323,22 @@ def test_places(short_directory: Path) -> None:
     file.touch()
     found = check_place("data directory", file / "below", "things", "SAMOVAR_DATA_DIR")
     assert found.verdict is Verdict.FAILURE and "SAMOVAR_DATA_DIR" in found.mend
+
+
+def test_a_temporary_directory_that_is_full_or_gone_is_told_and_no_other_one_looked_at(
+    short_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full() -> str:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", full)
+    monkeypatch.setenv("TMPDIR", str(short_directory))
+    assert check_temporary_directory().verdict is Verdict.OK
+    monkeypatch.setenv("TMPDIR", str(short_directory / "gone"))
+    found = check_temporary_directory()
+    assert found.verdict is Verdict.FAILURE and f"{short_directory}/gone cannot be written" in found.text
+    there = {one.what: one for one in diagnosis.directories(GatewayApp(), short_directory, {})}
+    assert there["temporary directory"] == found
 
 
 def test_claim_sockets(short_directory: Path) -> None:
@@ -451,7 +492,7 @@ def test_the_report_names_the_way_out(capsys: pytest.CaptureFixture[str], monkey
         "failure  second  broken [2J",
         "                 → mend it",
         "",
-        "1 failures, 0 warnings, 1 in order.",
+        "1 failure, 0 warnings, 1 in order.",
     ]
     monkeypatch.setenv("API_PORT", "many")
     assert doctor.main(["--json"]) == 1
@@ -464,6 +505,7 @@ def test_leftovers_tell_what_a_gateway_would_take_up() -> None:
     assert [one.verdict for one in diagnosis.leftovers(Inventory([GATEWAY]))] == [Verdict.OK]
     (found,) = diagnosis.leftovers(inventory())
     assert found.verdict is Verdict.WARNING and "samovar serve" in found.mend and "samovar reap" in found.mend
+    assert found.text == "1 owner is gone and left 1 sandbox"
     gone = dataclasses.replace(CRASHED, is_awaited=False)
     assert diagnosis.leftovers(Inventory([gone]))[0].mend == "samovar reap"
 

@@ -97,6 +97,36 @@ async def test_at_the_limit_idle_calls_in_passing_make_room_the_oldest_first() -
     assert [sandbox.id for sandbox, _ in pool.released] == ["sandbox1", "sandbox2"]
 
 
+async def test_who_lost_a_sandbox_to_its_own_limit_is_told_that_and_not_that_the_places_were_taken() -> None:
+    known = registry(FakePool(), sessions=1)
+    first = new(known)
+    await execute(known, first)
+    await execute(known, new(known))
+    assert first.last_exit is not None and first.last_exit.evidence == {"limit_sessions": 1}
+    assert "its owner began another one" in str(first.last_exit) and "places" not in str(first.last_exit)
+
+
+async def test_a_session_whose_cell_was_never_sent_is_idle_and_gives_its_sandbox_up() -> None:
+    pool = FakePool()
+    known = registry(pool, idle=IdleBounds(0.05, 0.05))
+
+    async def sending(*_: object) -> None:
+        raise RequestError(HTTPStatus.SERVICE_UNAVAILABLE, "not_recorded", "The disk is full.")
+
+    session = new(known)
+    with pytest.raises(RequestError):
+        await known.execute(session, Cell("code", 5.0), asyncio.get_running_loop().create_future(), sending)
+    assert session.idle_since is not None and pool.standing["sandbox0"] is Standing.PASSING
+    known.idle.start()
+    try:
+        async with asyncio.timeout(5):
+            await pool.given_back.wait()
+    finally:
+        known.idle.stop()
+    assert session.last_exit is not None and session.last_exit.cause is ExitCause.IDLE
+    await known.drain(1.0, asyncio.Event())
+
+
 async def test_executions_under_way_are_bounded_for_each_owner() -> None:
     known = registry(FakePool(lambda *_: None), executions=2)
     session = new(known)

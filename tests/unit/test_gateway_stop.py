@@ -7,7 +7,6 @@ import os
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,12 @@ import pytest
 from gateway import patience, server
 from gateway.app import GatewayApp
 from gateway.first_cell import _key_header
+from gateway.recovery import Recovered, recover
 from gateway.server import Gateway
 from kernelprovisioner.images import KernelImage
 from kernelprovisioner.launchers import DockerLauncher, ProcessLauncher
 from kernelprovisioner.launchers.base import Launched, LaunchError, LaunchRequest
-from kernelprovisioner.launchers.docker import _Container
+from kernelprovisioner.launchers.container_ends import Container
 from kernelprovisioner.runtime import RuntimeRoot
 
 
@@ -123,6 +123,30 @@ async def test_a_stop_while_the_first_sandbox_starts_is_bounded(directory: Path,
         assert time.monotonic() - began < 5
 
 
+async def test_a_start_that_breaks_off_in_the_recovery_leaves_what_it_took_to_the_next_one(
+    directory: Path, made: list[StuckLauncher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def make(kind: str, runtime: RuntimeRoot, *, parent: Any) -> ProcessLauncher:
+        return ProcessLauncher(runtime, parent=parent)
+
+    async def breaks_off(*arguments: Any, **more: Any) -> Recovered:
+        await recover(*arguments, **more)
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(server, "make_launcher", make)
+    async with started(directory) as gateway:
+        await warm(gateway)
+        gateway.keep = True
+    assert len(gateway.kept) == 1
+    with monkeypatch.context() as broken:
+        broken.setattr(server, "recover", breaks_off)
+        with pytest.raises(RuntimeError, match="broken"):
+            async with started(directory):
+                pass
+    async with started(directory) as following:
+        assert [sandbox.id for sandbox in following.pools["python"].warm] == gateway.kept
+
+
 async def test_a_second_ctrl_c_ends_the_waiting_for_removals(
     directory: Path, made: list[StuckLauncher], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,9 +190,11 @@ async def test_the_docker_launcher_leaves_what_its_engine_does_not_remove(
 
     monkeypatch.setattr(launcher, "_clear", clear)
     launcher._owner = owner
-    launcher._threads = threads = ThreadPoolExecutor(1)
+    launcher._calls.start("unix:///nowhere", 1)
+    threads = launcher._calls._threads
+    assert threads is not None
     image = KernelImage("python", "python", "Python", Path("."), "base")
-    launcher._containers["0" * 16] = _Container("0" * 16, image)
+    launcher._containers["0" * 16] = Container("0" * 16, image)
     give_up = asyncio.Event()
     asyncio.get_running_loop().call_later(0.3, give_up.set)
     async with asyncio.timeout(1):

@@ -250,6 +250,49 @@ async def test_the_store_is_bounded_in_number_bytes_and_age(tmp_path: Path, monk
     assert (tmp_path / "answers.sqlite").stat().st_mode & 0o777 == 0o600
 
 
+async def test_who_has_many_answers_costs_others_neither_theirs_nor_a_call_that_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answer_store, "MAX_ANSWERS", 50)
+    monkeypatch.setattr(answer_store, "MAX_BYTES", 1000)
+    store = AnswerStore(tmp_path / "answers.sqlite")
+    try:
+        kept, running = KeyedCall("ada", "kept", EXEC, b"f"), KeyedCall("ada", "running", EXEC, b"f")
+        await store.sent(running, CELL)
+        await store.sent(kept, CELL)
+        await store.answered(kept, b"x" * 100)
+        for number in range(20):
+            await store.sent(call(number), CELL)
+            await store.answered(call(number), b"x" * 200)
+        assert await store.find(kept) is not None
+        assert [number for number in range(20) if await store.find(call(number)) is not None] == [16, 17, 18, 19]
+        await store.answered(running, b"x" * 500)
+        assert await store.find(running) is not None
+    finally:
+        await store.close()
+
+
+async def test_a_store_that_was_lost_between_a_call_and_its_answer_says_so_and_takes_the_next_one(
+    tmp_path: Path,
+) -> None:
+    store = AnswerStore(tmp_path / "answers.sqlite")
+    with pytest.raises(StoreError, match="not there any more"):
+        await store.answered(CALL, b"{}")
+    await store.sent(CALL, CELL)
+    await store.answered(CALL, b"{}")
+    kept = await store.find(CALL)
+    assert kept is not None and kept.answer == b"{}"
+    await store.close()
+
+
+async def test_a_closed_store_says_so(tmp_path: Path) -> None:
+    store = AnswerStore(tmp_path / "answers.sqlite")
+    await store.close()
+    await store.close()
+    with pytest.raises(StoreError, match="the gateway stops"):
+        await store.find(CALL)
+
+
 async def test_two_gateways_never_both_send_a_call(tmp_path: Path) -> None:
     first, second = (AnswerStore(tmp_path / "answers.sqlite") for _ in range(2))
     try:

@@ -14,7 +14,16 @@ import pytest
 
 from gateway import log_file
 from gateway.errors import StartError
-from gateway.log_file import FIELDS, OLDER_FILES, JsonFormatter, LogFile, log_files, log_to_file, read_lines
+from gateway.log_file import (
+    FIELDS,
+    OLDER_FILES,
+    JsonFormatter,
+    LogFile,
+    TextFormatter,
+    log_files,
+    log_to_file,
+    read_lines,
+)
 
 
 @pytest.fixture
@@ -190,3 +199,10 @@ def test_half_a_line_is_left_out(tmp_path: Path) -> None:
     whole = JsonFormatter().format(record)
     path.write_text(f"{whole[:20]}\n{whole}\n[1]\n{json.dumps({'message': 1})}\n")
     assert messages(path) == ["whole"]
+
+
+def test_what_a_sandbox_said_stays_on_its_line_of_the_text_log() -> None:
+    words = "\x1b[2J\n2026-01-01 INFO forged: all is well"
+    said = logging.LogRecord("a", logging.WARNING, "", 0, "it said: %s", (words,), None)
+    (line,) = TextFormatter().format(said).splitlines()
+    assert "\x1b" not in line and "WARNING a: it said:  [2J 2026-01-01 INFO forged" in line

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kernelprovisioner import records
 from kernelprovisioner.images import KernelImage
 from kernelprovisioner.launchers.base import Endpoint, Launched
 from kernelprovisioner.launchers.configurable import ipc_endpoints
@@ -28,6 +31,7 @@ from kernelprovisioner.records import (
     write_record,
 )
 from kernelprovisioner.runtime import OwnerDirectory, RuntimeRoot
+from kernelprovisioner.sandbox import ClaimRequest, Sandbox, SandboxState
 
 IMAGE = KernelImage("python", "python", "Python", Path("/nowhere"), "base")
 
@@ -88,6 +92,8 @@ def test_a_record_is_the_owners_alone_and_tells_how_it_was_launched(owner: Owner
         (b"\xff", "cannot be read"),
         (b"[]", "cannot be read"),
         (b'{"sandbox_id": 5}', "cannot be read"),
+        (b'{"holder": ' + b"[" * 100_000, "cannot be read"),
+        ("moment", "cannot be read"),
         ("other", "is about another sandbox"),
         ("version", "has version 99"),
         (None, "No such file"),
@@ -99,6 +105,8 @@ def test_what_cannot_be_read_is_told_and_hides_no_other(
     path = record_path(owner.path, "0" * 16)
     if content == "other":
         content = msgspec.json.encode(record(owner.path, 7), enc_hook=str)
+    elif content == "moment":
+        content = msgspec.json.encode(record(owner.path, created_at=1e300), enc_hook=str)
     elif content == "version":
         content = msgspec.json.encode(record(owner.path, version=99), enc_hook=str)
     if isinstance(content, bytes):
@@ -113,6 +121,12 @@ def test_what_cannot_be_read_is_told_and_hides_no_other(
     assert words in str(error) and str(path) in str(error)
     with pytest.raises(RecordError, match=words):
         read_record(path)
+
+
+def test_a_copy_that_somebody_made_is_no_sandbox(owner: OwnerDirectory) -> None:
+    write_record(owner.path, msgspec.structs.replace(record(owner.path), sandbox_id="copy"))
+    found, (error,) = read_records(owner.path)
+    assert found == [] and "is about another sandbox" in str(error)
 
 
 async def test_what_is_asked_for_happens_in_order_beside_the_loop(
@@ -145,7 +159,40 @@ async def test_what_is_asked_for_happens_in_order_beside_the_loop(
     assert len(threads) == 1 and threads.pop().startswith("samovar-records")
 
 
-async def test_a_full_disk_is_told_once_until_it_has_room_again(
+async def test_a_full_disk_is_told_once(
+    owner: OwnerDirectory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def replacing(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", replacing)
+    store = RecordStore(owner)
+    for number in range(3):
+        await store.write(record(owner.path, number))
+    assert store.failure is not None and "No space left on device" in store.failure
+    assert len(caplog.records) == 1
+    assert [entry.suffix for entry in owner.path.iterdir() if entry.suffix in (".new", ".json")] == []
+    await store.remove(f"{9:016x}")
+    assert "No space left on device" in store.failure, "what can be removed does not prove that there is room"
+    await store.write(record(owner.path, kernel_id="\ud800"))
+    assert "surrogates not allowed" in store.failure
+    await store.close()
+
+
+async def test_a_claim_that_is_acknowledged_while_its_sandbox_goes_leaves_no_record(owner: OwnerDirectory) -> None:
+    store, unused = RecordStore(owner), cast(Any, None)
+    sandbox = Sandbox(launched(owner.path), unused, unused, cast(Any, SimpleNamespace(records=store)))
+    sandbox.record = record(owner.path)
+    for state, written in ((SandboxState.CLAIMED, True), (SandboxState.GONE, False)):
+        sandbox.state = state
+        await store.remove(sandbox.id)
+        sandbox._note_claim(ClaimRequest("kernel", b"key"))
+        await sandbox.recorded()
+        assert record_path(owner.path, sandbox.id).exists() is written
+    await store.close()
+
+
+async def test_what_could_not_be_written_is_tried_again_as_it_is_by_then(
     owner: OwnerDirectory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     full = True
@@ -157,15 +204,22 @@ async def test_a_full_disk_is_told_once_until_it_has_room_again(
         replace(*arguments)
 
     monkeypatch.setattr(os, "replace", replacing)
+    monkeypatch.setattr(records, "_RETRY_SECONDS", 0.05)
     store = RecordStore(owner)
-    for number in range(3):
-        await store.write(record(owner.path, number))
-    assert store.failure is not None and "No space left on device" in store.failure
-    assert len(caplog.records) == 1
-    assert [entry.suffix for entry in owner.path.iterdir() if entry.suffix in (".new", ".json")] == []
-    await store.write(record(owner.path, kernel_id="\ud800"))
-    assert "surrogates not allowed" in store.failure
+    store.write(record(owner.path, 1))
+    store.write(record(owner.path, 1, state="claimed"))
+    store.write(record(owner.path, 2))
+    await store.remove(f"{2:016x}")
+    await asyncio.sleep(0.2)
+    assert len(caplog.records) == 1, "a disk that stays full is told once"
     full = False
-    await store.write(record(owner.path))
-    assert store.failure is None
+    await store.write(record(owner.path, 3))
+    assert store.failure is not None, "one is still missing"
+    async with asyncio.timeout(5):
+        while store.failure is not None:  # noqa: ASYNC110 (what is waited for has no event)
+            await asyncio.sleep(0.01)
+    assert [(each.sandbox_id[-1], each.state) for each in await store.read()] == [
+        ("1", "claimed"),
+        ("3", "warm"),
+    ]
     await store.close()

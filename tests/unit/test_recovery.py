@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
 from typing import Any
 
 import pytest
@@ -11,10 +13,11 @@ from hypothesis import strategies as st
 
 from gateway import execution
 from gateway.execution import Cell, CellLimits, Status
-from gateway.recovery import Pool, plan, session_of
+from gateway.log_file import FIELDS
+from gateway.recovery import Pool, plan, recover, session_of
 from gateway.session import Session
 from gateway.sessions import SessionRegistry
-from kernelprovisioner.launchers.base import Endpoint
+from kernelprovisioner.launchers.base import Endpoint, LaunchError
 from kernelprovisioner.records import SandboxRecord
 from kernelprovisioner.sandbox import Probe, ProbeError
 from kernelprovisioner.sandbox_exit import ExitCause, SandboxExit
@@ -116,6 +119,97 @@ def test_a_session_is_found_again_as_it_was() -> None:
     assert after.holder == before.holder
     assert (after.id, after.image, after.executions, after.sandbox) == (before.id, "python", 1, None)
     assert session_of(record(1)) is None
+
+
+async def test_sessions_come_back_in_the_order_in_which_they_were_made() -> None:
+    records = [claimed(number, session(f"s{number}")) for number in (1, 2, 4)]
+    found, pools = Finding(records), {"python": FakePool()}
+    same: Any = found
+    sessions = SessionRegistry(pools, LIMITS, line_timeout=5.0)  # type: ignore[arg-type]
+    recovered = await recover(same, {"python": same}, {"python": 3}, sessions, same, longest_cell=0.01)
+    await asyncio.gather(*recovered.followed.values(), return_exceptions=True)
+    assert [each.id for each in sessions.list("main")] == ["s1", "s2", "s4"]
+
+
+class Finding:
+    """Sandboxes, pool and claim server of a gateway that starts: one sandbox of three never answers."""
+
+    def __init__(self, records: list[SandboxRecord]) -> None:
+        self.records, self.image = records, None
+        self.silent = asyncio.Event()
+        self.adopted: list[str] = []
+        self.restored: list[str] = []
+        self.launcher = self
+
+    async def template(self, image: object) -> str:
+        return "new"
+
+    async def recoverable(self) -> list[SandboxRecord]:
+        return self.records
+
+    def adopt(self, *arguments: Any, **more: Any) -> Any:
+        # of Sandboxes (a record), and of the pool (a sandbox)
+        if isinstance(arguments[0], SandboxRecord):
+            return self._adopt(arguments[0])
+        self.adopted.append(arguments[0].id)
+        return True
+
+    async def _adopt(self, found: SandboxRecord) -> FakeSandbox:
+        if found.created_at == 3:
+            await self.silent.wait()
+            raise LaunchError("it does not answer")
+        return FakeSandbox(int(found.created_at), ends_well)
+
+    def restore(self, pool: object, sandbox: FakeSandbox) -> None:
+        self.restored.append(sandbox.id)
+
+    async def settle(self) -> None:
+        pass
+
+
+async def test_holders_get_their_sandboxes_back_while_another_one_does_not_answer(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "gateway.recovery")
+    holder = {"kind": "provisioner", "token": "t"}
+    records = [claimed(number, holder, kernel_id=str(number)) for number in (2, 3, 4)]
+    found, sessions = Finding(records), SessionRegistry({}, LIMITS, line_timeout=5.0)
+    same: Any = found
+    recovering = asyncio.create_task(recover(same, {"python": same}, {"python": 3}, sessions, same, longest_cell=5.0))
+    async with asyncio.timeout(5):
+        while len(found.restored) < 2:  # noqa: ASYNC110 (what is waited for has no event)
+            await asyncio.sleep(0.005)
+    assert not recovering.done()
+    assert sorted(found.restored) == sorted(found.adopted)
+    found.silent.set()
+    recovered = await recovering
+    assert recovered.adopted == {"provisioner": 2}
+    assert [str(why) for _, why in recovered.reaped] == ["it does not answer"]
+    # `samovar logs --exits --session 3` finds it.
+    fields = [getattr(line, FIELDS) for line in caplog.records if hasattr(line, FIELDS)]
+    assert [(one["event"], one["session"], one["cause"]) for one in fields] == [("exit", "3", "gateway")]
+
+
+async def test_the_age_of_a_claimed_sandbox_counts_from_its_claim() -> None:
+    class Aged(Finding):
+        ages: list[float]
+
+        def adopt(self, *arguments: Any, **more: Any) -> Any:
+            self.ages += [more["age"]] if "age" in more else []
+            return super().adopt(*arguments, **more)
+
+    now = time.time()
+    holder = {"kind": "provisioner", "token": "t"}
+    found: Any = Aged(
+        [
+            record(1, state="claimed", claimed_at=now - 10.0, holder=holder),
+            record(2, created_at=now - 1000.0, template="new"),
+        ]
+    )
+    found.ages = []
+    sessions = SessionRegistry({}, LIMITS, line_timeout=5.0)
+    await recover(found, {"python": found}, {"python": 3}, sessions, found, longest_cell=5.0)
+    assert sorted(found.ages) == pytest.approx([10.0, 1000.0], abs=5.0)
 
 
 # --- sessions with a sandbox that was adopted -------------------------------------------------------------------------

@@ -220,6 +220,15 @@ def test_what_gateways_launched_with_is_known_until_they_are_continued_or_gone(r
     provisioner.close()
 
 
+def test_damaged_notes_are_nobodys(root: RuntimeRoot) -> None:
+    gateway = root.owner_directory()
+    for name in ("role", "kind"):
+        (gateway.path / name).write_bytes(b"\xff\0")
+    assert not gateway.is_gateways and gateway.read_kind() != "process"
+    assert root.gateway_kinds() == []
+    gateway.close()
+
+
 def test_an_owner_that_died_before_it_had_a_lock_is_dead(root: RuntimeRoot) -> None:
     (root.path / "22222222").mkdir()
     (dead,) = root.dead_owners()
