@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -171,6 +172,8 @@ class HolderConnection:
             raise BadClaim("this connection holds no sandbox")
         if op in RELAYED:
             fields = {name: header[name] for name in RELAYED[op] if name in header}
+            if op == "signal" and fields.get("signum") in (signal.SIGKILL, signal.SIGTERM):
+                self.held.sandbox.end_asked = True
             reply, payload = await self.held.sandbox.supervisor.request(op, body, **fields)
             return {name: value for name, value in reply.items() if name not in ("id", "ok")}, payload
         if op in ("release", "destroy"):

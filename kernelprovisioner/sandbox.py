@@ -106,6 +106,8 @@ class Sandbox:
         self.exited: asyncio.Future[SandboxExit] = asyncio.get_running_loop().create_future()
         #: how the kernel process ended and what output it had not sent, where its supervisor could still tell
         self.kernel_exit: KernelExit | None = None
+        #: its holder has sent what ends it: an end by that is no death
+        self.end_asked = False
         #: as it is on disk, or on its way there; None until the sandbox is warm
         self.record: SandboxRecord | None = None
         #: tells the cell that runs in it; set by whoever runs one, as long as it runs
@@ -242,6 +244,8 @@ class Sandbox:
             self._move(SandboxState.GONE)
         if self.exited.done():
             return
+        if self.end_asked and cause.cause in (ExitCause.EXITED, ExitCause.SIGNAL):
+            cause = dataclasses.replace(cause, cause=ExitCause.REQUESTED)
         if cause.cell is None and self.running is not None:
             cause = dataclasses.replace(cause, cell=self.running())
         # Not of one that only changes its host.

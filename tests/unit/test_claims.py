@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
+import signal
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -60,6 +61,7 @@ class FakeSandbox:
         self.last_use: asyncio.Future[None] | None = None
         self.supervisor = FakeSupervisor()
         self.handed_over = False
+        self.end_asked = False
 
     async def recorded(self) -> None:
         await asyncio.sleep(0)
@@ -164,6 +166,18 @@ async def test_requests_are_passed_on_to_the_supervisor(short_directory: Path) -
             await connection.request("exit")
         many = await asyncio.gather(*(connection.request("put", bytes(1 << 20), path="f") for _ in range(20)))
         assert len(many) == 20
+        await connection.release()
+
+
+@pytest.mark.parametrize(("signum", "asked"), [(signal.SIGINT, False), (signal.SIGTERM, True), (signal.SIGKILL, True)])
+async def test_a_holder_that_ends_its_kernel_has_asked_for_the_end(
+    short_directory: Path, signum: int, asked: bool
+) -> None:
+    async with served(short_directory) as (server, pool):
+        connection = await ClaimConnection.connect(server.path)
+        await claim(connection)
+        await connection.request("signal", signum=int(signum))
+        assert pool.sandboxes[0].end_asked is asked
         await connection.release()
 
 

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
+from types import SimpleNamespace
+from typing import cast
+from unittest.mock import Mock
 
 import pytest
 
 from gateway.log_file import JsonFormatter
 from kernelprovisioner.claims import Ending
 from kernelprovisioner.exit_log import KEPT, ExitEntry, ExitLog
+from kernelprovisioner.launchers.base import Launched
+from kernelprovisioner.records import SandboxRecord
+from kernelprovisioner.sandbox import Sandbox
 from kernelprovisioner.sandbox_exit import CellReference, ExitCause, SandboxExit
+from kernelprovisioner.sandboxes import Sandboxes
 
 
 def entry(cause: ExitCause, session: str = "s1", image: str = "python", **fields: object) -> ExitEntry:
@@ -33,6 +41,25 @@ def test_what_the_pool_thins_out_by_itself_is_no_news() -> None:
     log.add(entry(ExitCause.REMOVED, session=""))
     log.add(entry(ExitCause.REQUESTED))
     assert log.counts() == {"removed": 1, "requested": 1}
+
+
+@pytest.mark.parametrize(
+    ("end", "asked", "told"),
+    [
+        (SandboxExit(ExitCause.SIGNAL, None, signal.SIGKILL), True, ExitCause.REQUESTED),
+        (SandboxExit(ExitCause.SIGNAL, None, signal.SIGKILL), False, ExitCause.SIGNAL),
+        (SandboxExit(ExitCause.OUT_OF_MEMORY, None, signal.SIGKILL), True, ExitCause.OUT_OF_MEMORY),
+    ],
+)
+async def test_an_end_that_its_holder_asked_for_is_no_death(end: SandboxExit, asked: bool, told: ExitCause) -> None:
+    exits = ExitLog()
+    launched = SimpleNamespace(sandbox_id="a1", image=SimpleNamespace(name="python"))
+    sandbox = Sandbox(cast(Launched, launched), Mock(), Mock(), cast(Sandboxes, SimpleNamespace(exits=exits)))
+    sandbox.record = cast(SandboxRecord, SimpleNamespace(kernel_id="k1", state="claimed"))
+    sandbox.end_asked = asked
+    sandbox._end(end)
+    assert exits.counts() == {told.value: 1}
+    assert (sandbox.exited.result().cause, sandbox.exited.result().signal) == (told, signal.SIGKILL)
 
 
 def test_the_last_ones_are_kept_and_no_more() -> None:
