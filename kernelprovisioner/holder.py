@@ -22,7 +22,7 @@ from kernelprovisioner.launchers.base import LaunchError
 from kernelprovisioner.monitor import KernelMonitor
 from kernelprovisioner.relay import EndpointRelay
 from kernelprovisioner.runtime import OwnerDirectory, RuntimeDirectoryError, RuntimeRoot
-from kernelprovisioner.sandbox_exit import CellReference, SandboxExit
+from kernelprovisioner.sandbox_exit import CellReference, ExitCause, SandboxExit
 from kernelprovisioner.supervisor import SupervisorError, remaining_output
 from kernelprovisioner.wire import WireError, first_of
 from kernelprovisioner.workdir import WorkDirectory
@@ -162,6 +162,9 @@ class KernelHolder:
             else:
                 fields = {"event": "exit", "sandbox": held.sandbox_id, **ending.exit.as_dict()}
                 _log.warning("sandbox %s died: %s", held.sandbox_id, ending.exit, extra={"fields": fields})
+                if ending.exit.cause is ExitCause.GATEWAY:
+                    # Its kernel lives a moment longer, and clients would stay with it instead of hearing of its end.
+                    await hands.signal(held, signal.SIGKILL)
                 await self._tell(ending)
             await files
         finally:

@@ -27,6 +27,8 @@ _SENTENCES = {
 }
 _WAITED = re.compile(r"became free within ([0-9]+) s")
 _UNCLAIMED = frozenset({Kind.WARM, Kind.WARMING})
+#: How long the news of a sandbox's end may take to a gateway that lives.
+NEWS_SECONDS = 1.0
 _LOST = "former variables and files are gone"
 
 
@@ -61,7 +63,7 @@ def causes(found: Iterable[Happening], containers: Iterable[str]) -> set[str]:
         if hit or happening.kind in ENGINE_KINDS:
             # What ends while no gateway is there is only found gone by the next one.
             away = [other for other in found if other.kind in GATEWAY_KINDS]
-            until = happening.begin if hit else happening.end
+            until = happening.begin + NEWS_SECONDS if hit else happening.end
             if any(other.overlaps(happening.begin, until) for other in away):
                 allowed.add("gateway")
         match happening.kind:

@@ -17,6 +17,7 @@ import nbformat
 import pytest
 from jupyter_client.manager import start_new_async_kernel
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 
 from kernelprovisioner.claims import RESUME_SECONDS
 from tests.conformance.conftest import client_environment
@@ -117,6 +118,20 @@ def test_a_notebook_runs_on(gateway: GatewayProcess, replace: Replace) -> None:
     printed = ["".join(output["text"] for output in cell.outputs) for cell in notebook.cells]
     assert printed == [LINES, "next cell 59\n"]
     assert (work / "result").read_text() == "59"
+
+
+def test_a_notebook_is_told_that_its_gateway_stopped(gateway: GatewayProcess) -> None:
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(COUNT)])
+    assert gateway.process is not None
+    stopping = threading.Timer(1.5, gateway.process.send_signal, [signal.SIGINT])
+    resources = {"metadata": {"path": str(gateway.directory / "work")}}
+    client = NotebookClient(
+        notebook, kernel_name="sandbox", resources=resources, on_cell_execute=lambda **_: stopping.start()
+    )
+    with pytest.raises(CellExecutionError, match="The gateway that held the sandbox has stopped"):
+        client.execute()
+    stopping.join()
+    assert gateway.process.wait(30) == 0
 
 
 HOLDER = """
