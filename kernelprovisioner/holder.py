@@ -208,7 +208,11 @@ class KernelHolder:
     async def _bring_after_cells(self) -> None:
         while self._changed:
             self._changed = False
-            await self._bring()
+            try:
+                await self._bring()
+            except SupervisorError as error:
+                # They are asked for once more when the kernel ends.
+                _log.info("files of the sandbox could not be read: %s", error)
 
     async def _bring_last(self) -> None:
         try:
@@ -216,14 +220,12 @@ class KernelHolder:
                 await self._bring()
         except TimeoutError:
             _log.warning("not all files came out of the sandbox within %g s", LAST_FILES_SECONDS)
+        except SupervisorError as error:
+            _log.warning("files that the last cells wrote may be lost: the sandbox could not be read: %s", error)
 
     async def _bring(self) -> None:
-        if self._work is None or self.held is None:
-            return
-        try:
+        if self._work is not None and self.held is not None:
             await self._work.bring_back(self.held.request)
-        except SupervisorError as error:
-            _log.info("files of the sandbox could not be read: %s", error)
 
     def _own_directory(self) -> Path:
         if self._own is None:
