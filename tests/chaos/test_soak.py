@@ -9,7 +9,7 @@ import pytest
 from tests.chaos.soak import SETTINGS, Sample, Soak, growth
 from tests.gateway_process import GatewayProcess
 
-EXECUTIONS = 400
+EXECUTIONS = 800
 
 
 @pytest.mark.service
