@@ -17,9 +17,7 @@ _EVIDENCE_SECONDS = 0.5
 _OUT_OF_MEMORY_SECONDS = 1.5
 #: How long the news of a kernel's end may come after its channels closed.
 _NEWS_SECONDS = 2.0
-#: The same where the kernel got SIGTERM, which code in a sandbox hardly sends, and an engine that stops always does.
-_TERM_SECONDS = 1.5
-#: How long the engine's word may come after PID 1 went with its kernel: a busy one has many to tell of.
+#: How long the engine's word may come after PID 1 went, or was told to go: a busy one has many to tell of.
 _ENGINE_SECONDS = 5.0
 #: An engine that stops its containers sends one of these.
 _ENGINE_SIGNALS = (signal.SIGKILL, signal.SIGTERM)
@@ -65,8 +63,8 @@ async def _of_kernel(
     loop = asyncio.get_running_loop()
     began = loop.time()
     while not container_ended.done():
-        patience = _TERM_SECONDS if ended.signal == signal.SIGTERM else _EVIDENCE_SECONDS
-        if loop.time() - began > (_ENGINE_SECONDS if supervisor.gone.done() else patience):
+        from_outside = ended.stopped or supervisor.gone.done()
+        if loop.time() - began > (_ENGINE_SECONDS if from_outside else _EVIDENCE_SECONDS):
             break
         if launcher.was_out_of_memory(launched, within=_OUT_OF_MEMORY_SECONDS):
             usage = await _usage(supervisor)
@@ -82,7 +80,7 @@ async def _of_kernel(
         usage = await _usage(supervisor)
         if _is_positive(usage.get("oom_kills")):
             return SandboxExit(ExitCause.OUT_OF_MEMORY, None, ended.signal, _memory_evidence(launched, usage))
-    if supervisor.gone.done():
+    if ended.stopped or supervisor.gone.done():
         # Who ends a kernel only leaves PID 1.
         return SandboxExit(ExitCause.REMOVED, None, ended.signal)
     return SandboxExit(ExitCause.SIGNAL, None, ended.signal)

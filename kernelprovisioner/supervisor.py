@@ -24,12 +24,14 @@ class SupervisorError(Exception):
 class KernelExit:
     """How a kernel process ended, as its supervisor tells it: evidence against its own session only.
 
-    `unsent` are the output records that may not have left the kernel, see `remaining_output`.
+    `unsent` are the output records that may not have left the kernel, see `remaining_output`. `stopped`: the
+    supervisor itself was told to end, and ended the kernel for that.
     """
 
     code: int | None
     signal: int | None
     unsent: tuple[dict[str, Any], ...] = ()
+    stopped: bool = False
 
 
 def remaining_output(
@@ -171,6 +173,7 @@ def _kernel_exit(header: dict[str, Any], body: bytes) -> KernelExit:
         code if isinstance(code, int) else None,
         signal if isinstance(signal, int) else None,
         tuple(record for record in records if _is_record(record)) if isinstance(records, list) else (),
+        header.get("stopped") is True,
     )
 
 

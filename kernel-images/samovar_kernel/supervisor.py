@@ -69,7 +69,6 @@ class Supervisor:
         self._absent_since = time.monotonic()
         self._dead_since: float | None = None
         self._exit_event: bytes | None = None
-        self._stopping = False
         self._stop_signal: int | None = None
         self._stop_deadline: float | None = None
         self._wakeup, writer = socket.socketpair()
@@ -101,7 +100,6 @@ class Supervisor:
             "get": self._get,
             "list": self._list,
             "stats": self._stats,
-            "exit": self._exit,
         }
 
     def run(self) -> int:
@@ -110,7 +108,7 @@ class Supervisor:
             for key, mask in self._selector.select(self._patience()):
                 key.data(mask)
             self._drop_silent_strangers()
-            if self._stopping and self._stop_deadline is None:
+            if self._stop_signal is not None and self._stop_deadline is None:
                 self._begin_stop()
         self._kernel.signal(signal.SIGKILL)
         if self._kernel.exit is None:
@@ -179,13 +177,15 @@ class Supervisor:
         self._kernel.ended(status)
         self._dead_since = time.monotonic()
         code, signum = self._kernel.exit or (None, None)
-        self._exit_event = pack({"event": "exit", "code": code, "signal": signum}, self._kernel.unsent())
+        # A stop that came first is why it ended: the kernel's own signal would not tell.
+        event = {"event": "exit", "code": code, "signal": signum, "stopped": self._stop_deadline is not None}
+        self._exit_event = pack(event, self._kernel.unsent())
         if self._host is not None:
             self._send(self._host, self._exit_event)
 
     def _on_stop(self, signum: int, _: Any) -> None:
-        if not self._stopping:
-            self._stopping, self._stop_signal = True, signum
+        if self._stop_signal is None:
+            self._stop_signal = signum
 
     # -- the stream
 
@@ -320,10 +320,6 @@ class Supervisor:
 
     def _stats(self, _: dict[str, Any], __: bytes) -> tuple[dict[str, Any], bytes]:
         return read_usage(self._kernel.pid), b""
-
-    def _exit(self, _: dict[str, Any], __: bytes) -> tuple[dict[str, Any], bytes]:
-        self._stopping = True
-        return {}, b""
 
 
 def _close_to_others() -> None:

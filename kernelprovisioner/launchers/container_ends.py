@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -96,7 +97,8 @@ class ContainerEnds:
         if evidence.oom_events and container.image is not None:
             evidence.more["limit_mb"] = container.image.limits.container_memory_mb
         verdict = evidence.verdict()
-        if verdict.cause is ExitCause.REMOVED and await self._engine_is_going():
+        stopped = verdict.cause is ExitCause.SIGNAL and verdict.signal == signal.SIGTERM
+        if (stopped or verdict.cause is ExitCause.REMOVED) and await self._engine_is_going():
             evidence.engine_restarted = True
             verdict = evidence.verdict()
         if verdict.cause is ExitCause.EXITED and verdict.exit_code:

@@ -19,6 +19,8 @@ _SIGNAL_SECONDS = 15.0
 _ALIVE = ("created", "running", "paused", "restarting")
 #: exit codes of containers that an engine took with it: SIGKILL, SIGTERM, and what it writes after its own crash
 _ENGINE_CODES = {137: signal.SIGKILL, 143: signal.SIGTERM, 255: signal.SIGKILL}
+#: what an engine sends to end a container
+_ENGINE_SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 
 
 @dataclass
@@ -41,7 +43,8 @@ class Evidence:
     @property
     def conclusive(self) -> bool:
         """Whether waiting for further events could not change the verdict."""
-        killed = self.exit_code == _SIGNAL_BASE + signal.SIGKILL
+        # The engine tells that it sent a signal after it did so, sometimes later than the end that this brought.
+        killed = signal_of(self.exit_code) in _ENGINE_SIGNALS
         return not killed or self.oom_events > 0 or self.engine_signal is not None
 
     def add_event(self, action: str, attributes: Mapping[str, str], now: float) -> None:

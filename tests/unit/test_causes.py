@@ -112,6 +112,19 @@ async def test_an_engine_that_went_took_pid_1_as_well(signum: int) -> None:
     assert (await scene.cause()).cause is ExitCause.ENGINE
 
 
+@pytest.mark.parametrize("told", [True, False])
+async def test_a_supervisor_that_was_told_to_end_waits_for_the_engines_word(
+    told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(causes, "_ENGINE_SECONDS", 0.5)
+    scene = Scene()
+    scene.exited.set_result(KernelExit(None, 9, stopped=True))
+    if told:
+        engine = SandboxExit(ExitCause.ENGINE)
+        asyncio.get_running_loop().call_later(0.3, scene.container_ended.set_result, engine)
+    assert (await scene.cause()).cause is (ExitCause.ENGINE if told else ExitCause.REMOVED)
+
+
 async def test_a_stream_that_ends_without_a_word_while_the_engine_is_away() -> None:
     scene = Scene()
     scene.available = False

@@ -91,6 +91,16 @@ async def test_a_kill_from_outside_is_the_engines_own_where_that_stops(
         assert (await one.cause()).cause is cause, "one end, however many events"
 
 
+@pytest.mark.parametrize(("going", "cause"), [(False, ExitCause.SIGNAL), (True, ExitCause.ENGINE)])
+async def test_an_engine_that_stops_may_not_say_that_it_stopped_the_container(
+    going: bool, cause: ExitCause, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with watched(monkeypatch) as one:
+        one.engine.going = going
+        one.hear("die", exitCode="143")
+        assert (await one.cause()).cause is cause
+
+
 async def test_an_end_waits_for_the_event_that_explains_it(monkeypatch: pytest.MonkeyPatch) -> None:
     async with watched(monkeypatch) as one:
         one.hear("die", exitCode="137")

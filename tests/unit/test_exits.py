@@ -38,11 +38,14 @@ def test_the_verdict_from_events(events: Events, cause: ExitCause, signum: int |
     assert evidence.ended and evidence.verdict().cause is cause and evidence.verdict().signal == signum
 
 
-def test_a_killed_container_waits_for_the_reason() -> None:
+@pytest.mark.parametrize(
+    ("code", "reason", "attributes"), [("137", "oom", {}), ("137", "kill", KILL), ("143", "kill", {"signal": "15"})]
+)
+def test_a_killed_container_waits_for_the_reason(code: str, reason: str, attributes: dict[str, str]) -> None:
     evidence = Evidence()
-    evidence.add_event("die", DIE_137, 100)
+    evidence.add_event("die", {"exitCode": code}, 100)
     assert not evidence.conclusive
-    evidence.add_event("oom", {}, 100)
+    evidence.add_event(reason, attributes, 100)
     assert evidence.conclusive
     assert Evidence(exit_code=1).conclusive
 
