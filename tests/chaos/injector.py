@@ -115,7 +115,8 @@ class Injector:
             return True
         table = container.top()
         column = table["Titles"].index("PID")
-        pids = [int(row[column]) for row in table["Processes"] if _KERNEL in row[-1]]
+        # A container that is just ending has none.
+        pids = [int(row[column]) for row in table["Processes"] or () if _KERNEL in row[-1]]
         if not pids:
             return False
         self._history_of(fault, victim, f"SIGKILL to {pids[0]}")
