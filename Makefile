@@ -5,6 +5,8 @@ BIN    := $(VENV)/bin
 # What makes a new installation necessary.
 INPUTS := pyproject.toml setup.py kernelprovisioner/kernelspecs.py
 ARGS   ?=
+# Two files at once: service tests mostly wait. More would be in the way of those that count seconds.
+BESIDE := -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -17,7 +19,7 @@ run: $(VENV)/.installed-run  ## start the gateway and run a first cell through i
 	@$(BIN)/samovar serve --first-cell $(ARGS)
 
 test: lint  ## lint, then all tests, with an own container engine (ARGS="-k word" selects)
-	@$(BIN)/python -m tests.services $(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m tests.services $(BIN)/python -m pytest $(BESIDE) $(ARGS)
 
 unit: $(VENV)/.installed-test  ## the tests that need no service, in under two minutes
 	@$(BIN)/python -m pytest tests/unit $(ARGS)

@@ -242,6 +242,7 @@ def _runtime_directories() -> set[Path]:
     return {sandbox for root in candidates if root and root.is_dir() for sandbox in root.glob("*/????????????????")}
 
 
+_LEFT_BEHIND = "left_behind"
 _leftovers: Leftovers | None = None
 
 
@@ -258,12 +259,33 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
         _leftovers.look(item.nodeid)
 
 
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_sessionfinish(session: pytest.Session) -> Generator[None, Any, Any]:
-    """Fail the run if something is left behind."""
-    result = yield
-    if _leftovers is not None and (problems := _leftovers.problems()):
+class OfWorkers:
+    """What the worker processes of a run that has some left behind (each looks after its own tests)."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any, error: object) -> None:
+        """Take in what a worker tells at its end."""
+        self.problems += getattr(node, "workeroutput", {}).get(_LEFT_BEHIND, [])
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Listen to workers, where there are any."""
+    config.pluginmanager.register(OfWorkers(), _LEFT_BEHIND)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail the run if something is left behind; a worker tells the process that it works for."""
+    problems = _leftovers.problems() if _leftovers is not None else []
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output[_LEFT_BEHIND] = problems
+        return
+    problems += session.config.pluginmanager.get_plugin(_LEFT_BEHIND).problems  # type: ignore[union-attr]
+    if problems:
         print("\nleft behind by the tests:\n  " + "\n  ".join(problems))
         if session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
-    return result

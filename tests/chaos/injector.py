@@ -113,7 +113,10 @@ class Injector:
                 # It was just ending.
                 self._log.write("fault failed", kind=fault.kind, container=victim[:12], error=str(error))
             return True
-        table = container.top()
+        try:
+            table = container.top()
+        except docker.errors.APIError:
+            return False  # it was just ending
         column = table["Titles"].index("PID")
         # A container that is just ending has none.
         pids = [int(row[column]) for row in table["Processes"] or () if _KERNEL in row[-1]]
