@@ -15,11 +15,13 @@ from kernelprovisioner.launchers.container_spec import LABEL_SANDBOX
 from kernelprovisioner.launchers.docker_engine import ENGINE_ERRORS, Engine
 from kernelprovisioner.launchers.docker_events import Event
 from kernelprovisioner.launchers.engine_calls import EngineCalls
-from kernelprovisioner.launchers.exits import Evidence
+from kernelprovisioner.launchers.exits import Evidence, signal_of
 from kernelprovisioner.sandbox_exit import ExitCause
 
 #: how long the engine's other events may come after the `die` of a killed container
 _EVIDENCE_SECONDS = 0.5
+#: the same after one of a container that was stopped: an engine that stops all of them is slow to say so
+_STOP_EVIDENCE_SECONDS = 3.0
 #: how long an engine may take to say that it is there, while somebody waits for the cause of a death
 _GOING_SECONDS = 1.0
 
@@ -87,8 +89,9 @@ class ContainerEnds:
     async def _conclude(self, container: Container) -> None:
         """Tell why a container ended, once all evidence had its time to come; not for what we remove ourselves."""
         evidence = container.evidence
+        stopped = signal_of(evidence.exit_code) == signal.SIGTERM
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_EVIDENCE_SECONDS):
+            async with asyncio.timeout(_STOP_EVIDENCE_SECONDS if stopped else _EVIDENCE_SECONDS):
                 while not evidence.conclusive:
                     container.news.clear()
                     await container.news.wait()
@@ -97,7 +100,6 @@ class ContainerEnds:
         if evidence.oom_events and container.image is not None:
             evidence.more["limit_mb"] = container.image.limits.container_memory_mb
         verdict = evidence.verdict()
-        stopped = verdict.cause is ExitCause.SIGNAL and verdict.signal == signal.SIGTERM
         if (stopped or verdict.cause is ExitCause.REMOVED) and await self._engine_is_going():
             evidence.engine_restarted = True
             verdict = evidence.verdict()

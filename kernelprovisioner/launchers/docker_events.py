@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,10 @@ ACTIONS = ("start", "oom", "kill", "die", "destroy")
 _FIRST_PAUSE = 0.2
 _LONGEST_PAUSE = 2.0
 _STOP_SECONDS = 10.0
+#: Events of the same moment come in any order: a stream is taken up so much before the last event that was heard.
+_OVERLAP_SECONDS = 1
+#: how many of the last events are known again
+_RECENT = 1000
 
 
 class EventWatch:
@@ -51,6 +56,7 @@ class EventWatch:
         self._connected = asyncio.Event()
         self._stream: Any = None
         self._seen_nanoseconds = 0
+        self._recent: deque[tuple[Any, ...]] = deque(maxlen=_RECENT)
         self._was_connected = False
         self._was_refused = False
         self._thread = threading.Thread(target=self._run, name="samovar-engine-events", daemon=True)
@@ -96,27 +102,30 @@ class EventWatch:
     def _follow(self) -> None:
         client = self._connect()
         try:
-            since = f"{self._seen_nanoseconds // 10**9}.{self._seen_nanoseconds % 10**9:09d}"
             filters = {"type": "container", "label": self._label, "event": list(ACTIONS)}
-            restarted = self._was_connected and self._was_restarted(client, since, filters)
-            self._stream = client.events(since=since if self._seen_nanoseconds else None, filters=filters, decode=True)
+            restarted = self._was_connected and self._was_restarted(client, filters)
+            since = _timestamp(self._seen_nanoseconds - _OVERLAP_SECONDS * 10**9) if self._seen_nanoseconds else None
+            self._stream = client.events(since=since, filters=filters, decode=True)
             self._was_connected, self._was_refused = True, False
             self._post(self._tell_connected, restarted)
             for event in self._stream:
                 at = int(event.get("timeNano", 0))
-                if at > self._seen_nanoseconds:
-                    self._seen_nanoseconds = at
+                key = (at, event.get("Action"), event.get("Actor", {}).get("ID"))
+                if key not in self._recent:
+                    self._recent.append(key)
+                    self._seen_nanoseconds = max(self._seen_nanoseconds, at)
                     self._post(self._on_event, event)
         finally:
             self._stream = None
             client.close()
 
-    def _was_restarted(self, client: Any, since: str, filters: dict[str, Any]) -> bool:
+    def _was_restarted(self, client: Any, filters: dict[str, Any]) -> bool:
         """Whether the engine has forgotten the last event that we know; where we know none, whether it was away."""
         if not self._seen_nanoseconds:
             return self._was_refused
         # From then until then, by the engine's own clock: what it remembers comes, and the answer ends.
-        found = client.events(since=since, until=since, filters=filters, decode=True)
+        last = _timestamp(self._seen_nanoseconds)
+        found = client.events(since=last, until=last, filters=filters, decode=True)
         return all(int(event.get("timeNano", 0)) != self._seen_nanoseconds for event in found)
 
     def _tell_connected(self, restarted: bool) -> None:
@@ -127,3 +136,8 @@ class EventWatch:
         # RuntimeError: the loop has been closed, nobody listens any more.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(callback, *arguments)
+
+
+def _timestamp(nanoseconds: int) -> str:
+    """Seconds since the epoch as the engine reads them."""
+    return f"{nanoseconds // 10**9}.{nanoseconds % 10**9:09d}"

@@ -68,6 +68,7 @@ class Watched:
 @asynccontextmanager
 async def watched(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Watched]:
     monkeypatch.setattr(container_ends, "_EVIDENCE_SECONDS", 0.1)
+    monkeypatch.setattr(container_ends, "_STOP_EVIDENCE_SECONDS", 0.2)
     calls = EngineCalls()
     calls.start("unix:///nowhere", 1)
     threads = calls._threads

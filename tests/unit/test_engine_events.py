@@ -113,6 +113,24 @@ async def test_a_stream_that_breaks_off_is_taken_up_without_a_gap() -> None:
         await heard.watch.stop()
 
 
+async def test_events_of_the_same_moment_are_heard_in_any_order_and_once() -> None:
+    engine = FakeEngine()
+    heard = Heard(engine)
+    await heard.watch.start(5)
+    try:
+        engine.happen("die", 10_000_000_002)
+        engine.happen("kill", 10_000_000_001)
+        assert [(await heard.next())[1] for _ in range(3)] == [False, "die", "kill"]
+        engine.break_off()
+        # What was told late, while nobody listened.
+        engine.happen("oom", 9_900_000_000)
+        assert [(await heard.next())[0] for _ in range(2)] == ["lost", "connected"]
+        engine.happen("destroy", 10_000_000_003)
+        assert [(await heard.next())[1] for _ in range(2)] == ["oom", "destroy"]
+    finally:
+        await heard.watch.stop()
+
+
 async def test_an_engine_that_forgot_was_restarted() -> None:
     engine = FakeEngine()
     heard = Heard(engine)
