@@ -129,6 +129,11 @@ class GatewayProcess:
             with error:
                 return _answer(error.code, dict(error.headers), error.read())
 
+    def pool(self) -> dict[str, Any]:
+        """What it says of its one pool."""
+        [pool] = self.call("GET", "/metrics/pool").body["pool"].values()
+        return dict(pool)
+
     def exec(self, code: str, session_id: str | None = None, **fields: Any) -> dict[str, Any]:
         """Run Python through `POST /exec` and return the 200 answer."""
         body = {"code": code, "lang": "py", **fields}

@@ -63,11 +63,6 @@ def mounts(part: str) -> list[str]:
     return [point for point in points if part in point and ("/overlay2/" in point or "/containers/" in point)]
 
 
-def pool(gateway: GatewayProcess) -> dict[str, Any]:
-    """What the gateway says of its pool of Python sandboxes."""
-    return dict(gateway.call("GET", "/metrics/pool", timeout=30).body["pool"]["python"])
-
-
 def is_settled(found: dict[str, Any]) -> bool:
     """Whether the pool has what it wants and nothing is coming or going."""
     return found["warm"] == found["want"] and not found["starting"] and not found["removing"]
@@ -75,7 +70,7 @@ def is_settled(found: dict[str, Any]) -> bool:
 
 def problems(url: str, gateway: GatewayProcess) -> list[str]:
     """Compare what the settled pool says with what there is; one line for each thing that does not fit."""
-    found = pool(gateway)
+    found = gateway.pool()
     there, owned = containers(url, gateway.runtime), directories(gateway.runtime)
     lines = []
     if len(there) != found["warm"] + found["claimed"]:

@@ -158,7 +158,7 @@ class World:
             for session in gateway.call("GET", "/api/v1/sessions").body["sessions"]:
                 gateway.call("DELETE", f"/api/v1/sessions/{session['session_id']}")
             self.settle(gateway)
-            found = census.pool(gateway)
+            found = gateway.pool()
             if found["claimed"]:
                 self.log.violation(gateway.directory.name, f"sandboxes stay claimed without sessions: {found}")
         self._check_usage()
@@ -166,7 +166,7 @@ class World:
 
     def settle(self, gateway: GatewayProcess) -> None:
         deadline = time.monotonic() + WHOLE_SECONDS
-        while not census.is_settled(found := census.pool(gateway)):
+        while not census.is_settled(found := gateway.pool()):
             if time.monotonic() > deadline:
                 self.log.violation(gateway.directory.name, f"not whole within {WHOLE_SECONDS:g} s: {found}")
                 return

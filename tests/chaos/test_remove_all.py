@@ -29,9 +29,9 @@ def until_whole(gateway: GatewayProcess, former: set[str]) -> None:
     deadline = time.monotonic() + SECONDS
     while True:
         there = set(census.containers(str(gateway.docker_url), gateway.runtime))
-        if census.is_settled(census.pool(gateway)) and len(there) >= WARM and not there & former:
+        if census.is_settled(gateway.pool()) and len(there) >= WARM and not there & former:
             return
-        assert time.monotonic() < deadline, f"{census.pool(gateway)}, containers {there}, before {former}"
+        assert time.monotonic() < deadline, f"{gateway.pool()}, containers {there}, before {former}"
         time.sleep(0.05)
 
 

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
 
 import docker
 import pytest
@@ -40,20 +39,15 @@ class Place:
     #: ids of all sandboxes' containers that the engine has created since the tests began
     created: set[str]
 
-    def pool(self) -> dict[str, Any]:
-        """What the gateway says of its one pool."""
-        assert self.gateway is not None
-        [pool] = self.gateway.call("GET", "/metrics/pool").body["pool"].values()
-        return dict(pool)
-
     def warm_claims(self) -> int:
         """How many claims the gateway has answered with a warm sandbox."""
-        return int(self.pool()["claims"]["warm"])
+        assert self.gateway is not None
+        return int(self.gateway.pool()["claims"]["warm"])
 
     def wait_until_warm(self) -> None:
         """Wait until a warm sandbox can be claimed, where there is a gateway."""
         deadline = time.monotonic() + 60
-        while self.gateway is not None and not self.pool()["warm"]:
+        while self.gateway is not None and not self.gateway.pool()["warm"]:
             assert time.monotonic() < deadline, self.gateway.log.read_text()[-3000:]
             time.sleep(0.05)
 

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tests.gateway_process import GatewayProcess
-from tests.integration.census import Census
+from tests.integration.engine_census import Census
 
 pytestmark = pytest.mark.service
 

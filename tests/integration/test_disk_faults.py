@@ -8,8 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import pytest
 
 from tests.delaying_proxy import DelayingProxy
 from tests.gateway_process import GatewayProcess
+from tests.waiting import until
 
 pytestmark = [
     pytest.mark.service,
@@ -70,25 +70,12 @@ def serving(gateway: GatewayProcess) -> Iterator[GatewayProcess]:
     """It runs and has a warm sandbox; in the end it must stop in order."""
     gateway.start()
     try:
-        until(lambda: pool(gateway)["warm"] >= 1)
+        until(lambda: gateway.pool()["warm"] >= 1)
         yield gateway
     finally:
         code = gateway.stop()
     assert code == 0, gateway.log.read_text()
     assert "Traceback" not in gateway.log.read_text()
-
-
-def until(condition: Callable[[], bool], timeout: float = 120.0) -> None:
-    """Return once the condition holds."""
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to be in time"
-        time.sleep(0.1)
-
-
-def pool(gateway: GatewayProcess) -> dict[str, Any]:
-    found: dict[str, Any] = gateway.call("GET", "/metrics/pool").body["pool"]["python"]
-    return found
 
 
 def services(gateway: GatewayProcess) -> dict[str, Any]:
@@ -98,7 +85,7 @@ def services(gateway: GatewayProcess) -> dict[str, Any]:
 
 def heals(gateway: GatewayProcess) -> None:
     """By itself, without a restart: all is well, and a new session gets a warm sandbox."""
-    until(lambda: pool(gateway)["warm"] >= 1)
+    until(lambda: gateway.pool()["warm"] >= 1)
     until(lambda: gateway.call("GET", "/health/detailed").body["status"] == "healthy")
     assert gateway.exec("print('healed')")["stdout"] == "healed\n"
 
@@ -107,7 +94,7 @@ def heals(gateway: GatewayProcess) -> None:
 def test_a_full_runtime_directory(docker_url: str, kernel_image: str, directory: Path, what: str) -> None:
     with small_disk(directory / "run") as disk, serving(GatewayProcess(directory, docker_url, SETTINGS)) as gateway:
         session = gateway.exec("x = 41")["session_id"]
-        until(lambda: pool(gateway)["warm"] >= 1)
+        until(lambda: gateway.pool()["warm"] >= 1)
         with full(disk, what):
             assert gateway.exec("print('new')")["stdout"] == "new\n"  # the warm one
             assert gateway.exec("print(x + 1)", session)["stdout"] == "42\n"
@@ -116,7 +103,7 @@ def test_a_full_runtime_directory(docker_url: str, kernel_image: str, directory:
             assert str(disk) in found["remedy"]
             if what == "files":
                 # No directory can be made for the successor of the warm one.
-                until(lambda: pool(gateway)["failures_in_a_row"] > 0)
+                until(lambda: gateway.pool()["failures_in_a_row"] > 0)
                 assert os.strerror(errno.ENOSPC) in services(gateway)["pool:python"]["error"]
                 assert gateway.exec("print(x + 2)", session)["stdout"] == "43\n"
         heals(gateway)
@@ -151,7 +138,7 @@ def test_a_full_tmp_of_the_host(docker_url: str, kernel_image: str, directory: P
         for what in ("files", "bytes"):
             with full(tmp, what):
                 session = gateway.exec("x = 41")["session_id"]
-                until(lambda: pool(gateway)["warm"] >= 1)  # new sandboxes can be started all the same
+                until(lambda: gateway.pool()["warm"] >= 1)  # new sandboxes can be started all the same
                 assert gateway.exec("open('/tmp/own', 'w').write('x')\nprint(x + 1)", session)["stdout"] == "42\n"
                 found = services(gateway)["directory:temporary"]
                 assert found["status"] == "degraded" and os.strerror(errno.ENOSPC) in found["error"]

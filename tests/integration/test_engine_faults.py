@@ -22,6 +22,7 @@ from kernelprovisioner import kernelspecs
 from tests import services
 from tests.delaying_proxy import DelayingProxy
 from tests.gateway_process import GatewayProcess
+from tests.waiting import until
 
 pytestmark = pytest.mark.service
 
@@ -57,7 +58,7 @@ def serving(directory: Path, url: str, **settings: str) -> Iterator[GatewayProce
     gateway = GatewayProcess(directory, url, {**SETTINGS, **settings})
     gateway.start()
     try:
-        until(lambda: pool(gateway)["warm"] >= 1)
+        until(lambda: gateway.pool()["warm"] >= 1)
         yield gateway
         assert gateway.process is not None
         assert gateway.process.poll() is None, gateway.log.read_text()
@@ -71,19 +72,6 @@ def serving(directory: Path, url: str, **settings: str) -> Iterator[GatewayProce
 def gateway(engine: services.Engine, directory: Path) -> Iterator[GatewayProcess]:
     with serving(directory, engine.url) as process:
         yield process
-
-
-def until(condition: Callable[[], bool], timeout: float = 120.0) -> None:
-    """Return once the condition holds."""
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to be in time"
-        time.sleep(0.1)
-
-
-def pool(gateway: GatewayProcess) -> dict[str, Any]:
-    found: dict[str, Any] = gateway.call("GET", "/metrics/pool").body["pool"]["python"]
-    return found
 
 
 def health(gateway: GatewayProcess) -> dict[str, Any]:
@@ -150,11 +138,11 @@ class NotebookRun:
 def test_an_engine_that_comes_back(engine: services.Engine, gateway: GatewayProcess, how: str) -> None:
     notebook = NotebookRun(gateway)
     first = gateway.exec("x = 41")["session_id"]
-    until(lambda: pool(gateway)["warm"] >= 1)
+    until(lambda: gateway.pool()["warm"] >= 1)
     second = gateway.exec("y = 1")["session_id"]
     running = long_cell(gateway, second)
     if how == "killed":
-        until(lambda: pool(gateway)["warm"] >= 1)
+        until(lambda: gateway.pool()["warm"] >= 1)
         engine.kill()
         until(lambda: health(gateway)["services"]["engine"]["status"] == "unhealthy")
         found = health(gateway)
@@ -175,7 +163,7 @@ def test_an_engine_that_comes_back(engine: services.Engine, gateway: GatewayProc
     assert "container engine stopped or was restarted" in said, said
     assert "container engine stopped or was restarted" in shown and "waiting" in shown
 
-    until(lambda: health(gateway)["status"] == "healthy" and pool(gateway)["warm"] >= 1, BACK)
+    until(lambda: health(gateway)["status"] == "healthy" and gateway.pool()["warm"] >= 1, BACK)
     after = gateway.exec("print('x' in globals())", first)
     assert after["stdout"] == "False\n" and "container engine stopped or was restarted" in after["stderr"]
     found = health(gateway)
@@ -189,7 +177,7 @@ def test_an_engine_that_answers_after_twenty_seconds(engine: services.Engine, di
     target = Path(engine.url.removeprefix("unix://"))
     with DelayingProxy(directory / "engine.sock", target) as proxy, serving(directory, proxy.url) as gateway:
         session = gateway.exec("x = 41")["session_id"]
-        until(lambda: pool(gateway)["warm"] >= 1)
+        until(lambda: gateway.pool()["warm"] >= 1)
         proxy.delay = 20.0
         fresh = gateway.exec("print('new')")  # takes the warm one: its successor has to wait for the engine
         assert fresh["stdout"] == "new\n"
@@ -200,20 +188,20 @@ def test_an_engine_that_answers_after_twenty_seconds(engine: services.Engine, di
             assert gateway.exec(f"print(x + {number})", session)["stdout"] == f"{41 + number}\n"
             time.sleep(1)
         proxy.delay = 0.0
-        until(lambda: health(gateway)["status"] == "healthy" and pool(gateway)["warm"] >= 1, BACK)
+        until(lambda: health(gateway)["status"] == "healthy" and gateway.pool()["warm"] >= 1, BACK)
         assert gateway.exec("print('again')")["stdout"] == "again\n"
-        assert pool(gateway)["exits"] == {}
+        assert gateway.pool()["exits"] == {}
 
 
 def test_an_image_that_is_deleted_under_a_running_pool(engine: services.Engine, gateway: GatewayProcess) -> None:
     with contextlib.closing(docker.DockerClient(base_url=engine.url)) as client:
         image = client.images.get("samovar/python:latest")
         session = gateway.exec("x = 41")["session_id"]
-        until(lambda: pool(gateway)["warm"] >= 1)
+        until(lambda: gateway.pool()["warm"] >= 1)
         client.images.remove("samovar/python:latest", force=True)
         try:
             assert gateway.exec("print('new')")["stdout"] == "new\n"  # the warm one
-            until(lambda: pool(gateway)["failures_in_a_row"] > 0)
+            until(lambda: gateway.pool()["failures_in_a_row"] > 0)
             found = health(gateway)["services"]
             assert found["image:python"]["status"] == "unhealthy"
             assert "is missing" in found["image:python"]["error"]
@@ -223,12 +211,12 @@ def test_an_image_that_is_deleted_under_a_running_pool(engine: services.Engine, 
         finally:
             assert image.tag("samovar/python:latest")
         until(lambda: health(gateway)["services"]["pool:python"]["status"] == "healthy", BACK)
-        until(lambda: pool(gateway)["warm"] >= 1)
+        until(lambda: gateway.pool()["warm"] >= 1)
 
 
 def test_all_containers_removed_at_once(engine: services.Engine, gateway: GatewayProcess) -> None:
     session = gateway.exec("x = 1")["session_id"]
-    until(lambda: pool(gateway)["warm"] >= 1 and pool(gateway)["starting"] == 0)
+    until(lambda: gateway.pool()["warm"] >= 1 and gateway.pool()["starting"] == 0)
     running = long_cell(gateway, session)
     with contextlib.closing(docker.DockerClient(base_url=engine.url)) as client:
         containers = client.containers.list(filters={"label": services.LABEL})
@@ -239,9 +227,9 @@ def test_all_containers_removed_at_once(engine: services.Engine, gateway: Gatewa
     assert cause["cause"] == "removed" and cause["cell"]["execution_count"] == 2
     assert "killed or removed from outside" in died["stderr"]
     # No start has failed: nothing waits for a backoff, a new sandbox is on its way at once.
-    assert pool(gateway)["starting"] + pool(gateway)["warm"] >= 1
+    assert gateway.pool()["starting"] + gateway.pool()["warm"] >= 1
     assert gateway.exec("print('whole')")["stdout"] == "whole\n"
-    until(lambda: pool(gateway)["warm"] >= 1)
+    until(lambda: gateway.pool()["warm"] >= 1)
     assert health(gateway)["exits"]["counts"] == {"removed": len(containers)}
     shown = health(gateway)["exits"]["last"]
     assert [one["cell"]["execution_count"] for one in shown if one["session"] == session] == [2]

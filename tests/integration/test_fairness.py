@@ -13,7 +13,7 @@ import statistics
 import pytest
 
 from tests.gateway_process import KEY
-from tests.integration.census import Census
+from tests.integration.engine_census import Census
 from tests.integration.light_gateway import LightGateway, light_gateway
 
 pytestmark = [pytest.mark.service, pytest.mark.limit(200)]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import docker
 import pytest
@@ -13,6 +11,7 @@ from docker.models.containers import Container
 from kernelprovisioner.launchers.container_spec import LABEL_OWNER
 from tests import services
 from tests.gateway_process import GatewayProcess
+from tests.waiting import until
 
 pytestmark = pytest.mark.service
 
@@ -44,37 +43,24 @@ def containers(engine: docker.DockerClient, gateway: GatewayProcess) -> dict[str
     return {str(each.id): each for each in mine}
 
 
-def pool(gateway: GatewayProcess) -> dict[str, Any]:
-    found = gateway.call("GET", "/metrics/pool").body["pool"]["python"]
-    assert isinstance(found, dict)
-    return found
-
-
-def until(condition: Callable[[], bool], timeout: float = 140.0) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "not within the time"
-        time.sleep(0.1)
-
-
 def whole(engine: docker.DockerClient, gateway: GatewayProcess, without: set[str]) -> Callable[[], bool]:
     """Whether as many are warm as there were, the engine has none beside them, and none of those `without`."""
 
     def check() -> bool:
         there = containers(engine, gateway)
-        return pool(gateway)["warm"] == WARM == len(there) and not without & there.keys()
+        return gateway.pool()["warm"] == WARM == len(there) and not without & there.keys()
 
     return check
 
 
 def test_all_warm_sandboxes_killed_at_once(gateway: GatewayProcess, engine: docker.DockerClient) -> None:
     until(whole(engine, gateway, set()))
-    exits = sum(pool(gateway)["exits"].values())
+    exits = sum(gateway.pool()["exits"].values())
     gone = containers(engine, gateway)
     for container in gone.values():
         container.kill()
     until(whole(engine, gateway, set(gone)))
-    after = pool(gateway)
+    after = gateway.pool()
     assert sum(after["exits"].values()) == exits + WARM, after["exits"]
     answer = gateway.exec("print(6 * 7)")
     assert answer["stdout"] == "42\n"
@@ -85,10 +71,10 @@ def test_a_warm_sandbox_that_stands_still_is_noticed_and_replaced(
     gateway: GatewayProcess, engine: docker.DockerClient
 ) -> None:
     until(whole(engine, gateway, set()))
-    failed = pool(gateway)["failed_probes"]
+    failed = gateway.pool()["failed_probes"]
     frozen, other = containers(engine, gateway).values()
     frozen.pause()
     until(whole(engine, gateway, {str(frozen.id)}))
-    assert pool(gateway)["failed_probes"] == failed + 1
+    assert gateway.pool()["failed_probes"] == failed + 1
     assert str(other.id) in containers(engine, gateway), "one that answers went, too"
     assert "did not answer a probe" in gateway.log.read_text()

@@ -7,7 +7,7 @@ import secrets
 
 import pytest
 
-from tests.integration.census import Census
+from tests.integration.engine_census import Census
 from tests.integration.light_gateway import LightGateway, Timed, light_gateway
 
 pytestmark = pytest.mark.service
