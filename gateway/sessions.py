@@ -17,6 +17,7 @@ from gateway.execution import Cell, CellLimits, CellResult, ExitNote, Status, Wa
 from gateway.idle import IdleBounds, IdleSessions
 from gateway.limits import OwnerBounds, Reservations
 from gateway.notices import how_it_ended, new_sandbox
+from gateway.pace import Pace
 from gateway.session import Execution, Followed, Sending, Session
 from kernelprovisioner.launchers.base import LaunchError
 from kernelprovisioner.pool import PoolClaim, SandboxPool
@@ -58,6 +59,7 @@ class SessionRegistry:
         self._reservations = Reservations(owner_bounds or OwnerBounds())
         #: started and stopped by whoever runs the gateway
         self.idle = IdleSessions(idle_bounds or IdleBounds(), lambda: list(self._by_sandbox.values()), self._give_up)
+        self._pace = Pace()
         self._active = 0
         self._quiet = asyncio.Event()
         self._quiet.set()
@@ -255,16 +257,18 @@ class SessionRegistry:
         session.executions += 1
         notice, session.notice = session.notice, ""
         waiting = Waiting(cancelled, self._leaving)
-        result = await run_cell(sandbox, cell, self._limits, waiting, msg_id=msg_id, notice=notice)
+        async with self._pace.place():
+            began = time.monotonic()
+            result = await run_cell(sandbox, cell, self._limits, waiting, msg_id=msg_id, notice=notice)
         if source != "held":
             # Written while the cell ran: whoever gets this answer may come back, also to the next gateway.
             await sandbox.recorded()
         ended = time.monotonic()
         result.timings = {
             "turn_ms": _ms(got_turn - asked),
-            "wait_ms": _ms(waited),
+            "wait_ms": _ms(waited + began - ready),
             "claim_ms": _ms(ready - got_turn - waited),
-            "run_ms": _ms(ended - ready),
+            "run_ms": _ms(ended - began),
             "total_ms": _ms(ended - asked),
         }
         if session.deleted and result.status is Status.DIED:
