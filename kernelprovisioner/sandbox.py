@@ -302,6 +302,13 @@ class Sandbox:
         )
         self._recording = self._sandboxes.records.write(self.record)
 
+    async def note_holder(self, holder: Mapping[str, Any]) -> None:
+        """Write anew what the record says of the holder; returns once it is on disk. One without a record has none."""
+        if self.record is not None and self.record.state == "claimed" and self.state is not SandboxState.GONE:
+            self.record = msgspec.structs.replace(self.record, holder=dict(holder))
+            self._recording = self._sandboxes.records.write(self.record)
+            await self.recorded()
+
     async def recorded(self) -> None:
         """Return once the claim's record is on disk: before it, nobody is told of a sandbox to come back to."""
         if self._recording is not None:

@@ -4,105 +4,48 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import logging
 import os
 import secrets
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
 from kernelprovisioner import endpoints, zmtp
 from kernelprovisioner.launchers.base import Endpoint
+from kernelprovisioner.message import MAX_HEADER_BYTES, Listener, Message, WireError, decode_object
+
+__all__ = [
+    "CHANNELS",
+    "MAX_HEADER_BYTES",
+    "KernelWire",
+    "Listener",
+    "Message",
+    "Unfinished",
+    "WireError",
+    "first_of",
+]
 
 CHANNELS = ("shell", "iopub", "stdin", "control")
 #: Bounds on what a kernel may send in one message; past them the connection is closed, and with it the sandbox.
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 MAX_MESSAGE_FRAMES = 4096
-#: JSON makes objects of twenty times its size, so only small parts are decoded as a whole.
-MAX_HEADER_BYTES = 64 * 1024
-_MAX_LENIENT_BYTES = 1024 * 1024
 #: A kernel whose messages are no messages so often does nothing else, and each costs us time.
 MAX_REJECTED = 1000
 #: What kernels that share an Unfinished may have sent of messages that are not complete.
 MAX_UNFINISHED_BYTES = 512 * 1024 * 1024
 #: A kernel that stops reading may leave this much of our requests unsent before we refuse more.
 MAX_UNSENT_BYTES = 32 * 1024 * 1024
+#: Who can wait does so from here on until the kernel has read half of it.
+_ROOM_BYTES = 1024 * 1024
 
 _DELIMITER = b"<IDS|MSG>"
 _PROTOCOL_VERSION = "5.4"
 _RETRY_SECONDS = 0.01
 _log = logging.getLogger(__name__)
-_decode_header = msgspec.json.Decoder(dict[str, Any]).decode
-
-StructT = TypeVar("StructT", bound=msgspec.Struct)
-
-
-class WireError(Exception):
-    """A kernel's channels cannot be used: not reachable in time, closed, or not reading."""
-
-
-class Message:
-    """One Jupyter message as it came; content and metadata are decoded when somebody looks."""
-
-    __slots__ = ("__dict__", "_frames", "channel", "header", "parent_header")
-
-    def __init__(self, channel: str, frames: Sequence[bytes], header: dict[str, Any], parent: dict[str, Any]) -> None:
-        self.channel = channel
-        self.header = header
-        self.parent_header = parent
-        self._frames = frames
-
-    @property
-    def msg_type(self) -> str:
-        return str(self.header.get("msg_type", ""))
-
-    @property
-    def msg_id(self) -> str:
-        return str(self.header.get("msg_id", ""))
-
-    @property
-    def parent_id(self) -> str:
-        return str(self.parent_header.get("msg_id", ""))
-
-    @cached_property
-    def content(self) -> dict[str, Any]:
-        """Decoded as a whole, however large that makes it: `content_as` is for what user code may have sent.
-
-        Raises WireError where it is not a JSON object.
-        """
-        return _decode(self._frames[3])
-
-    def content_as(self, kind: type[StructT]) -> StructT:
-        """The content's fields that `kind` has; all others are skipped, and no objects are made of them.
-
-        Raises WireError where it is not JSON, or a field is missing or of another type.
-        """
-        part = self._frames[3]
-        try:
-            if not part.isascii():
-                str(part, "utf-8")  # what is skipped, or kept as msgspec.Raw, is not checked for this by msgspec
-            return msgspec.json.decode(part, type=kind)
-        except msgspec.ValidationError as error:
-            raise WireError(f"the content of {self.msg_type!r} cannot be read: {error}") from None
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            if len(part) > _MAX_LENIENT_BYTES:
-                raise WireError(f"the content of {self.msg_type!r} is not JSON: {error}") from None
-        try:
-            return msgspec.json.decode(_repaired(part), type=kind)
-        except (ValueError, RecursionError) as error:
-            raise WireError(f"the content of {self.msg_type!r} cannot be read: {error}") from None
-
-    @property
-    def buffers(self) -> Sequence[bytes]:
-        return self._frames[4:]
-
-
-Listener = Callable[[Message], None]
 
 
 class Unfinished:
@@ -140,6 +83,10 @@ class KernelWire:
         self.rejected = 0
         #: hears every message that no listener of its parent takes
         self.on_other: Listener | None = None
+        #: hears every valid message, whoever else does
+        self.on_any: Listener | None = None
+        #: header.session of the newest message: what tells this kernel process from the one before it
+        self.peer_session = ""
         # Shell, stdin and control share one identity: the kernel addresses its input requests by the shell's.
         self._identity = b"samovar-" + secrets.token_hex(8).encode()
         self._listeners: dict[str, Listener] = {}
@@ -194,9 +141,7 @@ class KernelWire:
         buffers: Sequence[bytes] = (),
     ) -> str:
         """Send one message; return its id. Raises WireError where the channel is closed or the kernel does not read."""
-        connection = self._connections.get(channel)
-        if connection is None or connection.lost:
-            raise WireError(f"the kernel's {channel} channel is closed")
+        connection = self._connection(channel)
         msg_id = msg_id or self.new_id()
         header = {
             "msg_id": msg_id,
@@ -212,6 +157,33 @@ class KernelWire:
             raise WireError(f"{msg_type} cannot be sent: it has text that is not Unicode ({error.reason})") from None
         connection.send([_DELIMITER, self._sign(parts), *parts, *buffers])
         return msg_id
+
+    def forward(self, channel: str, parts: Sequence[bytes], tag: bytes) -> None:
+        """Send somebody else's message (`parts` as a Message has them) as it is, signed anew.
+
+        What the kernel sends in answer to it on shell, control and stdin has its `tag`. Raises WireError as `send`.
+        """
+        self._connection(channel).send([tag, _DELIMITER, self._sign(parts[:4]), *parts])
+
+    def unsent(self, channel: str) -> int:
+        """Bytes that the kernel has not read yet. Raises WireError where the channel is closed."""
+        return self._connection(channel).unsent
+
+    async def room(self, channel: str, *, timeout: float) -> None:
+        """Wait until the kernel reads: returns at once below 1 MiB of unsent bytes.
+
+        Raises TimeoutError after `timeout` seconds, WireError where the channel is closed.
+        """
+        connection = self._connection(channel)
+        async with asyncio.timeout(timeout):
+            await connection.room.wait()
+        self._connection(channel)
+
+    def hold(self, channel: str, hold: bool) -> None:
+        """Read nothing more of a channel until it is told otherwise: soon its kernel has to wait, too."""
+        connection = self._connections.get(channel)
+        if connection is not None:
+            connection.hold(hold)
 
     def new_id(self) -> str:
         """A message id that was not used before on this wire."""
@@ -274,6 +246,12 @@ class KernelWire:
         if names is None and not self.closed.done():
             self.closed.set_result(None)
 
+    def _connection(self, channel: str) -> _Connection:
+        connection = self._connections.get(channel)
+        if connection is None or connection.lost:
+            raise WireError(f"the kernel's {channel} channel is closed")
+        return connection
+
     async def _open(self, name: str, endpoint: Endpoint, topics: Sequence[bytes]) -> _Connection:
         socket_type = "SUB" if name == "iopub" else "DEALER"
         while True:
@@ -307,6 +285,9 @@ class KernelWire:
             self.rejected += 1
             _log.debug("message on %s dropped: %s", channel, error)
             return
+        self.peer_session = str(message.header.get("session", ""))
+        if self.on_any is not None:
+            self.on_any(message)
         listener = self._listeners.get(message.parent_id, self.on_other)
         if listener is not None:
             listener(message)
@@ -323,7 +304,8 @@ class KernelWire:
             raise WireError(f"a header of more than {MAX_HEADER_BYTES} bytes")
         if not hmac.compare_digest(frames[start], self._sign(parts[:4])):
             raise WireError("wrong signature")
-        return Message(channel, parts, _decode(parts[0]), _decode(parts[1]))
+        tag = frames[start - 2] if start > 1 else b""
+        return Message(channel, parts, decode_object(parts[0]), decode_object(parts[1]), tag)
 
     def _sign(self, parts: Sequence[bytes]) -> bytes:
         mac = self._mac.copy()
@@ -346,6 +328,9 @@ class _Connection(asyncio.Protocol):
         loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[None] = loop.create_future()
         self.gone: asyncio.Future[None] = loop.create_future()
+        #: set while the kernel reads what is sent to it
+        self.room = asyncio.Event()
+        self.room.set()
         self.expected = False
         self.wire = wire
         self._name = name
@@ -357,9 +342,14 @@ class _Connection(asyncio.Protocol):
     def lost(self) -> bool:
         return self.gone.done()
 
+    @property
+    def unsent(self) -> int:
+        return 0 if self._transport is None else self._transport.get_write_buffer_size()
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
+        transport.set_write_buffer_limits(_ROOM_BYTES, _ROOM_BYTES // 2)
         # The peer of a DEALER drops nothing, so its unsent bytes are bounded in send(), not by the transport.
         transport.write(self._opening)
 
@@ -380,7 +370,21 @@ class _Connection(asyncio.Protocol):
                 self.abort()
                 return
 
+    def hold(self, hold: bool) -> None:
+        assert self._transport is not None
+        if hold:
+            self._transport.pause_reading()
+        else:
+            self._transport.resume_reading()
+
+    def pause_writing(self) -> None:
+        self.room.clear()
+
+    def resume_writing(self) -> None:
+        self.room.set()
+
     def connection_lost(self, exc: Exception | None) -> None:
+        self.room.set()
         self._decoder = _decoder()
         self.wire.unfinished.note(self, 0)
         if not self.gone.done():
@@ -392,7 +396,7 @@ class _Connection(asyncio.Protocol):
 
     def send(self, frames: Sequence[bytes]) -> None:
         assert self._transport is not None
-        if self._transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
+        if self.unsent > MAX_UNSENT_BYTES:
             raise WireError(f"the kernel does not read its {self._name} channel")
         self._transport.write(zmtp.encode(frames))
 
@@ -413,28 +417,3 @@ async def first_of(*futures: asyncio.Future[Any], timeout: float | None = None) 
 
 
 _encode = msgspec.json.Encoder().encode
-
-
-def _decode(part: bytes) -> dict[str, Any]:
-    try:
-        return _decode_header(part)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return _decode_leniently(part)
-
-
-def _decode_leniently(part: bytes) -> dict[str, Any]:
-    """NaN, lone surrogates and invalid bytes are no JSON, but kernels of other languages do send them."""
-    try:
-        value = json.loads(part.decode("utf-8", "replace"))
-    except (ValueError, RecursionError) as error:
-        raise WireError(f"a part of the message is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise WireError("a part of the message is not a JSON object")
-    return value
-
-
-def _repaired(part: bytes) -> bytes:
-    """JSON that any decoder reads: NaN and infinities become null, invalid bytes and lone surrogates U+FFFD."""
-    value = json.loads(part.decode("utf-8", "replace"), parse_constant=lambda _: None)
-    text = json.dumps(value, ensure_ascii=False)
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()

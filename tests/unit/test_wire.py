@@ -287,6 +287,28 @@ async def test_of_many_kernels_that_finish_no_message_the_greediest_is_cut_off(t
         await server.wait_closed()
 
 
+async def test_a_channel_that_is_held_is_not_read_and_loses_nothing(tmp_path: Path) -> None:
+    async with kernel_and_wire(tmp_path) as (kernel, connected):
+        heard: list[str] = []
+        connected.on_any = lambda message: heard.append(message.channel)
+        await kernel.sockets["iopub"].recv()
+        connected.hold("iopub", True)
+        await kernel.sockets["iopub"].send_multipart([b"topic", *signed({"msg_type": "stream"}, {}, {})])
+        asking = asyncio.create_task(connected.request("shell", "some_request", {}, timeout=5))
+        identity, _, _, header, *_ = await kernel.sockets["shell"].recv_multipart()
+        reply = signed({"msg_type": "some_reply"}, json.loads(header), {})
+        await kernel.sockets["shell"].send_multipart([identity, *reply])
+        await asking
+        assert heard == ["shell"]
+        connected.hold("iopub", False)
+        async with asyncio.timeout(5):
+            while len(heard) < 2:  # noqa: ASYNC110 (a listener has no event)
+                await asyncio.sleep(0.001)
+        assert heard == ["shell", "iopub"]
+        await connected.close(["iopub"])
+        connected.hold("iopub", True)
+
+
 async def test_closing_some_channels_leaves_the_others(tmp_path: Path) -> None:
     async with kernel_and_wire(tmp_path) as (_, connected):
         await connected.close(("shell", "iopub", "stdin"))
@@ -309,3 +331,55 @@ async def test_text_that_is_not_unicode_is_an_error_of_its_sender(tmp_path: Path
     async with kernel_and_wire(tmp_path) as (_, connected):
         with pytest.raises(WireError, match="not Unicode"):
             connected.send("shell", "execute_request", {"code": "\udc80"})
+
+
+async def test_a_forwarded_message_is_signed_anew_and_its_reply_has_its_tag(tmp_path: Path) -> None:
+    async with kernel_and_wire(tmp_path) as (kernel, connected):
+        heard: asyncio.Queue[Message] = asyncio.Queue()
+        connected.on_any = heard.put_nowait
+        listened: asyncio.Queue[Message] = asyncio.Queue()
+        connected.listen("a", listened.put_nowait)
+        parts = [b'{"msg_id":  "a"}', b"{}", b'{"x": 1.0}', b'{"code": "1"}', b"\0buffer"]
+        connected.forward("shell", parts, b"tag")
+        identity, tag, delimiter, signature, *rest = await kernel.sockets["shell"].recv_multipart()
+        assert (tag, delimiter, rest) == (b"tag", b"<IDS|MSG>", parts)
+        assert signature == hmac.new(KEY, b"".join(parts[:4]), "sha256").hexdigest().encode()
+        reply = signed({"msg_type": "some_reply", "session": "kernel"}, {"msg_id": "a"}, {}, buffers=[b"b"])
+        await kernel.sockets["shell"].send_multipart([identity, tag, *reply])
+        message = await asyncio.wait_for(heard.get(), 5)
+        assert (message.tag, list(message.parts)) == (b"tag", reply[2:])
+        assert connected.peer_session == "kernel"
+        assert (await asyncio.wait_for(listened.get(), 5)) is message
+        await kernel.sockets["shell"].send_multipart([identity, *reply])
+        assert (await asyncio.wait_for(heard.get(), 5)).tag == b""
+
+
+async def test_who_can_wait_waits_until_the_kernel_reads(tmp_path: Path) -> None:
+    reads = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(zmtp.GREETING + zmtp.ready_command("ROUTER"))
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        await reads.wait()
+        writer.transport.resume_reading()  # type: ignore[attr-defined]
+        while await reader.read(2**20):
+            continue
+        writer.close()
+
+    server = await asyncio.start_unix_server(serve, tmp_path / "shell")
+    async with server:
+        connected = await KernelWire.connect(
+            {"shell": Endpoint(path=tmp_path / "shell")}, KEY, timeout=5, names=["shell"]
+        )
+        parts = [b"{}", b"{}", b"{}", b"{}", b"x" * 100_000]
+        while connected.unsent("shell") < 2**20:
+            await connected.room("shell", timeout=1)
+            connected.forward("shell", parts, b"tag")
+        with pytest.raises(TimeoutError):
+            await connected.room("shell", timeout=0.01)
+        reads.set()
+        await connected.room("shell", timeout=5)
+        assert connected.unsent("shell") <= 2**19
+        await connected.close()
+        with pytest.raises(WireError, match="closed"):
+            await connected.room("shell", timeout=1)
