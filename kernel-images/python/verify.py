@@ -119,6 +119,15 @@ def kernel_sockets():
         assert server.recv_multipart()[1] == b"hello"
 
 
+def debugger():
+    import socket
+
+    import debugpy
+
+    with socket.create_connection(debugpy.listen(("127.0.0.1", 0)), timeout=5) as client:
+        assert b"Content-Length" in client.recv(100)
+
+
 def locked():
     assert os.getuid() != 0
     for path in ("/opt/kernel/x", "/etc/x", "/x", "/usr/x"):
@@ -162,5 +171,6 @@ check("files in and out", files)
 check("statistics", regression)
 check("processes and threads", processes)
 check("ZeroMQ over ipc", kernel_sockets)
+check("debugger over the loopback", debugger)
 check("bytecode", bytecode)
 sys.exit(1 if failures else 0)

@@ -78,9 +78,9 @@ class SandboxKernelApp(IPKernelApp):
 
     def init_profile_dir(self) -> None:
         """Use a profile that is not on disk: no start-up files, no configuration of whoever runs this."""
-        self.profile_dir = UnwrittenProfile(
-            parent=self, location=os.path.join(tempfile.gettempdir(), f".samovar-ipython-{os.getpid()}")
-        )
+        # the banner names every profile but the one that is called so
+        directory = os.path.join(tempfile.gettempdir(), f".samovar-ipython-{os.getpid()}", "profile_default")
+        self.profile_dir = UnwrittenProfile(parent=self, location=directory)
 
     def init_config_files(self) -> None:
         """Read no files."""
@@ -140,6 +140,8 @@ class SandboxKernelApp(IPKernelApp):
         for handler in (*self.log.handlers, *logging.getLogger("tornado").handlers):
             if isinstance(handler, logging.StreamHandler):
                 handler.stream = log
+        for name in ("Comm", "ipykernel.comm"):
+            logging.getLogger(name).addFilter(_is_of_a_comm)
         sys.stdout = SandboxStream(self.iopub_thread, "stdout")
         sys.stderr = SandboxStream(self.iopub_thread, "stderr")
         self.displayhook = ZMQDisplayHook(self.session, self.iopub_socket)
@@ -167,6 +169,11 @@ class SandboxKernelApp(IPKernelApp):
 def _die_with_parent() -> None:
     # the supervisor watches over this process; without it nobody would end it
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def _is_of_a_comm(record: logging.LogRecord) -> bool:
+    # a page that connects asks for comms which are not there: nothing that the running cell should be shown
+    return not str(record.msg).startswith("No such comm")
 
 
 def _import_from_work_directory() -> None:

@@ -12,8 +12,10 @@ from functools import partial
 from typing import Any
 
 from ipykernel.ipkernel import IPythonKernel
+from traitlets import Type
 
 from samovar_kernel.claim import Claim, ClaimRefused, requested_key
+from samovar_kernel.history import keep_in_memory
 from samovar_kernel.publisher import Publisher
 from samovar_kernel.rehearsal import rehearse
 
@@ -28,6 +30,7 @@ class SandboxKernel(IPythonKernel):
     iopub_thread: Publisher
     # the pause before each reply papers over a flush that is not waited for; ours keeps its order by itself
     _execute_sleep = 0.0
+    debugger_class = Type("samovar_kernel.debugger.SandboxDebugger")
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -41,6 +44,7 @@ class SandboxKernel(IPythonKernel):
         self._hold_until: float | None = None
         self._interrupted_early = False
         assert self.shell is not None  # IPythonKernel's constructor made it
+        keep_in_memory(self.shell.history_manager)
         show = self.shell._showtraceback
         # not by a subclass of the shell: libraries recognise a notebook by the name of its class
         self.shell._showtraceback = partial(self.iopub_thread.call_at_once, show)
@@ -83,6 +87,17 @@ class SandboxKernel(IPythonKernel):
             # in the thread that will run the cells, after the answer: a claim that comes now waits for nothing
             self.io_loop.add_callback(self._keep_warm)
 
+    async def debug_request(self, stream: Any, ident: Any, parent: dict[str, Any]) -> None:
+        """Hand a request to the debugger. Its start waits for a running cell: others are answered meanwhile."""
+        if parent["content"].get("command") == "initialize":
+            self._control_lock.release()
+            try:
+                await self.debugger.listen()
+            finally:
+                await self._control_lock.acquire()
+                self.set_parent(ident, parent, channel="control")
+        await super().debug_request(stream, ident, parent)
+
     def _keep_warm(self) -> None:
         if self._claim is None and not self._running:
             rehearse(self.shell)
@@ -105,6 +120,7 @@ class SandboxKernel(IPythonKernel):
         """User code may run from here on: an interrupt raises in it."""
         super().pre_handler_hook()
         if _in_main_thread():
+            self.iopub_thread.ending = False
             self.iopub_thread.user_code = True
 
     def post_handler_hook(self) -> None:
@@ -112,6 +128,7 @@ class SandboxKernel(IPythonKernel):
         super().post_handler_hook()
         if _in_main_thread():
             self.iopub_thread.user_code = False
+            self.iopub_thread.ending = True
 
     async def execute_request(self, stream: Any, ident: Any, parent: dict[str, Any]) -> None:
         """Run a cell, with `sys.argv[1:]` of its own where its metadata says so."""

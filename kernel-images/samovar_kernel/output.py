@@ -28,11 +28,21 @@ MESSAGE_SIZE = 64 * 1024
 
 PIPE_SIZE = 64 * 1024
 
+MAX_MESSAGE = 60 * 1024 * 1024
+"""Bytes of one message; the host closes the channel over a larger one, which would end the sandbox."""
+
+_OVERHEAD = 2048  # bytes that a message counts for beside its own: an interrupted cell's end comes behind all that wait
 _FILE_DESCRIPTORS = {"stdout": 1, "stderr": 2}
 _WAIT = 0.002
 _NOTHING, _SOON, _FLOOD = range(3)
 
 Header = dict[str, Any]
+
+
+class TooLarge(ValueError):
+    """What user code wants to publish does not fit in one message."""
+
+
 _Item = tuple[Any, str | None, Header | None, int, int]  # frames or text, stream, parent, position in the ring, size
 
 
@@ -111,14 +121,23 @@ class OutputBuffer:
             self.notify(urgency == _FLOOD)
 
     def put(self, frames: list[Any]) -> None:
-        """Queue a whole message; wait while the budget is used up twice: a flood of text must not delay its result."""
+        """Queue a whole message; wait while the budget is used up twice: a flood of text must not delay its result.
+
+        Raises TooLarge above MAX_MESSAGE.
+        """
+        size = sum(memoryview(frame).nbytes for frame in frames)
+        if size > MAX_MESSAGE:
+            raise TooLarge(
+                f"an output of {size >> 20} MiB is too large to be shown, at most {MAX_MESSAGE >> 20} MiB are"
+            )
         if self._produced - self._consumed > 2 * BUDGET:
             self._wait_for_room(2 * BUDGET)
-        size = sum(memoryview(frame).nbytes for frame in frames)
+        # a copy of what its owner may change before it has been sent
+        kept = [frame if isinstance(frame, bytes) else memoryview(frame).tobytes() for frame in frames]
         with self._lock:
             self.drain()
-            self._queue.append((frames, None, None, 0, size))
-            self._produced += size
+            self._queue.append((kept, None, None, 0, size + _OVERHEAD))
+            self._produced += size + _OVERHEAD
 
     def drain(self) -> int:
         """Queue what waits in the pipes, before anything written later, and return how many bytes it was."""

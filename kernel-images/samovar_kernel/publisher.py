@@ -27,7 +27,11 @@ SEND_QUEUE = 24
 """Messages that the socket holds for each subscriber; more wait in the output buffer, whose bytes are bounded."""
 
 STALL_LIMIT = 5.0
-"""Seconds after which a subscriber that takes nothing misses a message, so that the others go on."""
+"""Seconds after which a subscriber that takes nothing misses a message, so that the others go on (one alone is waited
+for)."""
+
+END_ALLOWANCE = 4 * BUDGET
+"""Bytes that may go out past SEND_QUEUE, so that the end of a cell does not wait for a stalled subscriber."""
 
 _FLUSH_INTERVAL = 0.05  # s between a print and its message, while a cell runs on
 _HAND_OVER = 0.001  # s until the thread takes over what user code published; most cells have ended by then
@@ -44,6 +48,8 @@ def open_socket(context: zmq.Context[Any]) -> zmq.Socket[Any]:
     socket.linger = 1000
     socket.setsockopt(zmq.SNDHWM, SEND_QUEUE)
     socket.setsockopt(zmq.XPUB_NODROP, 1)
+    # every subscription and its end, not only the first and the last of a topic
+    socket.setsockopt(zmq.XPUB_VERBOSER, 1)
     return socket
 
 
@@ -57,6 +63,8 @@ class Publisher(IOPubThread):
         #: true while the main thread runs user code: a signal handler may raise anywhere in it, so it must not send.
         #: Whoever sets it to false sees to it first that an interrupt does not raise
         self.user_code = False
+        #: true once a cell has come to its end or asks something: somebody waits for what is queued
+        self.ending = False
         self._alarm = Alarm()
         self._due: float | None = None
         # reentrant, as a signal handler that prints may interrupt its own thread here
@@ -64,6 +72,9 @@ class Publisher(IOPubThread):
         self._send_lock = threading.Lock()
         self._unsent: list[Any] | None = None
         self._stalled_since: float | None = None
+        self._allowance = END_ALLOWANCE
+        self._subscriptions = 0
+        self._welcomes: list[str] = []
         self._interrupted = False
         self._main = threading.main_thread().ident
         super().__init__(socket, pipe=False, session=session)
@@ -124,6 +135,7 @@ class Publisher(IOPubThread):
         # an interrupt between two frames would tear the message: it is noted, and raised again when all is sent
         previous = signal.signal(signal.SIGINT, self._note_interrupt)
         self.user_code = False
+        self.ending = True
         try:
             return publish(*args)
         finally:
@@ -170,18 +182,32 @@ class Publisher(IOPubThread):
             self._unsent = frames
             try:
                 self.socket.send_multipart(frames, zmq.NOBLOCK)
+                self._stalled_since = None
+                self._allowance = END_ALLOWANCE
             except zmq.Again:
-                if not self._stalled(frames):
+                if not (self._send_past_limit(frames) or self._stalled(frames)):
                     return
             self._unsent = None
-            self._stalled_since = None
+
+    def _send_past_limit(self, frames: list[Any]) -> bool:
+        """Return whether `frames` were sent although a subscriber's queue is full: they belong to a cell's end."""
+        if not self.ending or self._allowance <= 0:
+            return False
+        self._allowance -= sum(memoryview(frame).nbytes for frame in frames)
+        self.socket.setsockopt(zmq.SNDHWM, 0)
+        try:
+            self.socket.send_multipart(frames, zmq.NOBLOCK)
+        finally:
+            self.socket.setsockopt(zmq.SNDHWM, SEND_QUEUE)
+        return True
 
     def _stalled(self, frames: list[Any]) -> bool:
         """Return whether `frames` are dealt with: sent to all but a subscriber that takes nothing for too long."""
         now = time.monotonic()
         if self._stalled_since is None:
             self._stalled_since = now
-        if now - self._stalled_since < STALL_LIMIT:
+        self._note_subscriptions()
+        if now - self._stalled_since < STALL_LIMIT or self._subscriptions < 2:
             self._arm_within(_RETRY)
             return False
         self.socket.setsockopt(zmq.XPUB_NODROP, 0)
@@ -189,23 +215,29 @@ class Publisher(IOPubThread):
             self.socket.send_multipart(frames, zmq.NOBLOCK)
         finally:
             self.socket.setsockopt(zmq.XPUB_NODROP, 1)
+        self._stalled_since = None
         return True
 
     def _welcome_subscribers(self) -> bool:
         """Queue a welcome for each new subscription; return whether there was one."""
-        found = False
-        while self.socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
-            event = self.socket.recv(zmq.NOBLOCK)
-            if event[:1] != b"\x01":
-                continue
-            try:
-                topic = event[1:].decode()
-            except UnicodeDecodeError:
-                continue
+        self._note_subscriptions()
+        welcomes, self._welcomes = self._welcomes, []
+        for topic in welcomes:
             message = self.session.msg("iopub_welcome", {"subscription": topic})
             self.output.put(self.session.serialize(message, topic.encode() if topic else None))
-            found = True
-        return found
+        return bool(welcomes)
+
+    def _note_subscriptions(self) -> None:
+        while self.socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+            event = self.socket.recv(zmq.NOBLOCK)
+            if event[:1] == b"\x00":
+                self._subscriptions -= 1
+            elif event[:1] == b"\x01":
+                self._subscriptions += 1
+                try:
+                    self._welcomes.append(event[1:].decode())
+                except UnicodeDecodeError:
+                    continue
 
     def _note_interrupt(self, *_: Any) -> None:
         self._interrupted = True
