@@ -18,6 +18,7 @@ from traitlets.config.loader import ArgumentError
 
 from gateway import __version__
 from gateway.api_keys import ApiKeys
+from gateway.jupyter_settings import JupyterSettings
 from gateway.log_file import LOG_FILE_NAME, log_to_file, set_up_logging
 from gateway.settings import (
     ExecutionSettings,
@@ -55,7 +56,7 @@ class GatewayApp(Application):
     socket for Jupyter clients of this user. Settings come from the command line, then SAMOVAR_… variables, then the
     environment names that code interpreters know (API_PORT, MAX_MEMORY_MB, …), then samovar_config.py."""
     classes = [  # noqa: RUF012
-        *(PoolSettings, SandboxLimits, ExecutionSettings, OwnerLimits, SessionSettings),
+        *(PoolSettings, SandboxLimits, ExecutionSettings, OwnerLimits, SessionSettings, JupyterSettings),
         *(DockerLauncher, ProcessLauncher),
     ]
 

@@ -87,9 +87,9 @@ class KeyCheck:
         """`owners` maps each key, or `sha256:` and its digest, to its owner's id; only digests are held."""
         self._owners = {known_digest(key): owner for key, owner in owners.items()}
 
-    def owner(self, headers: Mapping[str, str]) -> str | None:
-        """Return the owner by `x-api-key` or `Authorization: Bearer|token …`, or None without a valid key."""
-        presented = headers.get("X-Api-Key") or _bearer(headers.get("Authorization", ""))
+    def owner(self, headers: Mapping[str, str], token: str = "") -> str | None:
+        """Return the owner by `x-api-key`, `Authorization: Bearer|token …` or `token`, or None without a valid key."""
+        presented = headers.get("X-Api-Key") or _bearer(headers.get("Authorization", "")) or token
         return self._owners.get(_digest(presented)) if presented else None
 
 

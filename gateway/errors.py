@@ -12,6 +12,9 @@ from typing import Any
 
 import msgspec
 
+#: the code of a 503 that passes by itself: places are taken, a line is full
+TOO_BUSY = "too_busy"
+
 
 class StartError(Exception):
     """The gateway cannot start: one sentence for a person, and the exit code."""
@@ -73,7 +76,7 @@ def invalid_field(field: str, message: str, code: str = "invalid") -> RequestErr
 
 def too_busy(message: str, retry_after: float) -> RequestError:
     """A 503 that says when to come back."""
-    return RequestError(HTTPStatus.SERVICE_UNAVAILABLE, "too_busy", message, retry_after=retry_after)
+    return RequestError(HTTPStatus.SERVICE_UNAVAILABLE, TOO_BUSY, message, retry_after=retry_after)
 
 
 def too_many(message: str, limit: str, retry_after: float) -> RequestError:

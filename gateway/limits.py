@@ -16,7 +16,7 @@ _SESSION_RETRY = 10.0
 
 @dataclass(frozen=True)
 class OwnerBounds:
-    """What each owner may have at once: `sessions` with a sandbox, `executions` accepted and not answered yet.
+    """What each owner may have at once: `sessions` (and kernels) with a sandbox, `executions` not answered yet.
 
     None: as many as there is room for.
     """
@@ -61,9 +61,9 @@ class Reservations:
         room = self.room(owner, held)
         if room is not None and room <= 0:
             raise too_many(
-                f"The owner of this API key has as many sessions that hold a sandbox as it may have: "
-                f"{self.bounds.sessions} (OwnerLimits.max_sessions). End one (DELETE /api/v1/sessions/ID), or come "
-                "back later.",
+                f"The owner of this API key has as many sessions and kernels that hold a sandbox as it may have: "
+                f"{self.bounds.sessions} (OwnerLimits.max_sessions). End one (DELETE /api/v1/sessions/ID or "
+                "/api/kernels/ID), or come back later.",
                 "max_sessions",
                 _SESSION_RETRY,
             )

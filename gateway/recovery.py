@@ -16,6 +16,9 @@ from typing import Any
 
 import msgspec
 
+from gateway.kernel import KERNEL, Kernel
+from gateway.kernels import KernelRegistry
+from gateway.notebook_session import NotebookSession
 from gateway.session import SESSION, Followed, Session
 from gateway.sessions import SessionRegistry
 from kernelprovisioner.adoption import PROVISIONER
@@ -76,6 +79,19 @@ class _SessionHolder(msgspec.Struct):
     env: dict[str, str] = {}
 
 
+class KernelHolder(msgspec.Struct):
+    """A kernel as `Kernel.holder` writes it."""
+
+    id: str
+    owner: str
+    name: str
+    created: float
+    path: str | None = None
+    session_name: str | None = None
+    env: dict[str, str] = {}
+    notebooks: list[NotebookSession] = []
+
+
 def plan(records: Sequence[SandboxRecord], pools: Mapping[str, Pool]) -> Plan:
     """Decide what is adopted: claimed ones, each holder's newest; then the youngest warm ones that still fit."""
     adopt: list[SandboxRecord] = []
@@ -129,11 +145,24 @@ def session_of(record: SandboxRecord) -> Session | None:
     )
 
 
+def kernel_holder_of(record: SandboxRecord) -> KernelHolder | None:
+    """What the record tells of the kernel that holds a sandbox; None where it has none."""
+    if record.state != "claimed" or record.holder.get("kind") != KERNEL:
+        return None
+    try:
+        holder = msgspec.convert(record.holder, KernelHolder)
+        datetime.fromtimestamp(holder.created, UTC)
+    except (msgspec.ValidationError, ValueError, OverflowError, OSError):
+        return None
+    return holder
+
+
 async def recover(
     sandboxes: Sandboxes,
     pools: Mapping[str, SandboxPool],
     bounds: Mapping[str, int],
     sessions: SessionRegistry,
+    kernels: KernelRegistry,
     claims: ClaimServer,
     *,
     longest_cell: float,
@@ -165,16 +194,21 @@ async def recover(
     found = await asyncio.gather(*(adopt(record) for record in chosen.adopt))
     # Oldest first, as sessions are kept.
     for record, sandbox in reversed(list(zip(chosen.adopt, found, strict=True))):
-        session = session_of(record)
+        session, kernel = session_of(record), kernel_holder_of(record)
         if isinstance(sandbox, LaunchError):
+            lost = SandboxExit(ExitCause.GATEWAY, evidence={"reason": str(sandbox)})
             recovered.reaped.append((record, str(sandbox)))
             if session is not None:
-                session.last_exit = SandboxExit(ExitCause.GATEWAY, evidence={"reason": str(sandbox)})
+                session.last_exit = lost
                 sessions.add(session)
+            if kernel is not None:
+                kernels.restore_dead(_kernel(kernel, record, kernels), lost)
             continue
         recovered.adopted[_holder_kind(record)] += 1
         if session is not None:
             recovered.followed[sandbox.id] = sessions.restore(session, sandbox, longest_cell)
+        if kernel is not None:
+            kernels.restore(_kernel(kernel, record, kernels), sandbox)
     await sandboxes.settle()
     _tell(recovered)
     return recovered
@@ -190,8 +224,23 @@ async def _adopt(sandboxes: Sandboxes, record: SandboxRecord, image: KernelImage
         return LaunchError(f"sandbox {record.sandbox_id} could not be adopted: {error!r}")
 
 
+def _kernel(holder: KernelHolder, record: SandboxRecord, kernels: KernelRegistry) -> Kernel:
+    return Kernel(
+        holder.owner,
+        holder.id,
+        holder.name,
+        record.image,
+        kernels.make_channels(),
+        holder.path,
+        holder.env,
+        holder.session_name,
+        created=datetime.fromtimestamp(holder.created, UTC),
+        notebooks={notebook.id: notebook for notebook in holder.notebooks},
+    )
+
+
 def _holder_kind(record: SandboxRecord) -> str:
-    """What holds an adopted sandbox: SESSION or PROVISIONER; or `warm`."""
+    """What holds an adopted sandbox: SESSION, KERNEL or PROVISIONER; or `warm`."""
     return str(record.holder["kind"]) if record.state == "claimed" else record.state
 
 
@@ -202,6 +251,9 @@ def _place(record: SandboxRecord) -> tuple[str, ...] | None:
     if record.holder.get("kind") == PROVISIONER:
         token = record.holder.get("token")
         return (PROVISIONER, record.kernel_id) if isinstance(token, str) and token else None
+    kernel = kernel_holder_of(record)
+    if kernel is not None:
+        return KERNEL, kernel.owner, kernel.id
     session = session_of(record)
     return None if session is None else (SESSION, session.owner, session.id)
 
@@ -220,5 +272,5 @@ def _tell(recovered: Recovered) -> None:
         _log.info(
             "carrying on with what an earlier gateway left: %d sessions, %d kernels of Jupyter clients, %d warm"
             " sandboxes; %d were removed",
-            *(adopted[SESSION], adopted[PROVISIONER], adopted["warm"], len(recovered.reaped)),
+            *(adopted[SESSION], adopted[KERNEL] + adopted[PROVISIONER], adopted["warm"], len(recovered.reaped)),
         )

@@ -5,35 +5,45 @@ from __future__ import annotations
 import asyncio
 import errno
 import fcntl
-import logging
 import os
 import socket
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tornado.httpserver import HTTPServer
-from tornado.iostream import IOStream
 from tornado.netutil import bind_sockets
 from traitlets.config import Configurable
 
 from gateway import __version__
 from gateway.answer_store import STORE_FILE, AnswerStore
 from gateway.auth import ApiKey, all_keys, find_key
+from gateway.bounded_server import MAX_CONNECTIONS, BoundedServer
 from gateway.container_images import ContainerImages
 from gateway.errors import ExitCode, StartError
 from gateway.handlers import SHAPES, make_application
 from gateway.handlers.base import Services
 from gateway.health import Check, Health
+from gateway.holdings import Holdings
 from gateway.idempotency import KeyedCalls
+from gateway.jupyter_services import JupyterServices
+from gateway.jupyter_settings import JupyterSettings
+from gateway.kernel_outputs import KernelOutputs
+from gateway.kernels import KernelRegistry
+from gateway.notebook_sessions import NotebookSessions
 from gateway.open_files import room_for_connections
 from gateway.patience import Patience
 from gateway.recovery import recover
 from gateway.service_checks import service_checks
 from gateway.sessions import SessionRegistry
-from gateway.settings import ExecutionSettings, OwnerLimits, PoolSettings, SandboxLimits, SessionSettings
+from gateway.settings import (
+    ExecutionSettings,
+    OwnerLimits,
+    PoolSettings,
+    SandboxLimits,
+    SessionSettings,
+)
 from kernelprovisioner.claim_server import ClaimServer, SocketInUse
 from kernelprovisioner.images import ImageError, KernelImage, read_images
 from kernelprovisioner.launchers import DockerLauncher, LauncherKind, make_launcher
@@ -49,28 +59,10 @@ _MAX_BODY_BYTES = 8 * 1024 * 1024
 _BODY_SECONDS = 30.0
 #: How long a connection may be silent between two requests, or take for the head of one.
 _IDLE_SECONDS = 120.0
-_MAX_CONNECTIONS = 1000
 #: After the drain: how long the holders of claims have to read their last files and to hang up.
 _HOLDERS_SECONDS = 5.0
 #: After the drain: how long the last answers (their sandboxes are gone) may take to be sent.
 _LAST_ANSWERS_SECONDS = 5.0
-_log = logging.getLogger(__name__)
-
-
-class _BoundedServer(HTTPServer):
-    """Hangs up on a connection that is one too many, so that those there, sandboxes and engine keep descriptors."""
-
-    max_connections = _MAX_CONNECTIONS
-    _full = False
-
-    def handle_stream(self, stream: IOStream, address: Any) -> None:
-        full, self._full = self._full, len(self._connections) >= self.max_connections
-        if not self._full:
-            super().handle_stream(stream, address)
-            return
-        stream.close()
-        if not full:
-            _log.warning("%d connections are open: more are refused", len(self._connections))
 
 
 @dataclass(frozen=True)
@@ -154,6 +146,8 @@ class Gateway:
         pool_settings.check_names(there)
         self.images = _chosen_images(there, settings.images, SandboxLimits(parent=self._parent))
         bounds = {name: pool_settings.of(image) for name, image in self.images.items()}
+        jupyter = JupyterSettings(parent=self._parent)
+        specs, cors = jupyter.kernel_specs(self.images), jupyter.cors
         sockets = _bind(settings.host, settings.port)
         for each in sockets:
             stack.callback(each.close)
@@ -184,14 +178,17 @@ class Gateway:
             )
             stack.push_async_callback(self._stop_pool, self.pools[name])
         self.launcher.on_back = self._engine_back
-        sessions = SessionRegistry(
-            self.pools,
-            execution.cell_limits,
-            line_timeout=pool_settings.line_timeout,
-            owner_bounds=OwnerLimits(parent=self._parent).bounds,
-            idle_bounds=SessionSettings(parent=self._parent).bounds,
-        )
+        owner_bounds = OwnerLimits(parent=self._parent).bounds
+        holdings = Holdings(self.pools, line_timeout=pool_settings.line_timeout, bounds=owner_bounds)
+        idle_bounds = SessionSettings(parent=self._parent).bounds
+        sessions = SessionRegistry(holdings, execution.cell_limits, idle_bounds=idle_bounds)
         stack.push_async_callback(sessions.stop, _LAST_ANSWERS_SECONDS)
+        outputs = KernelOutputs(jupyter.output_bounds, jupyter.channel_bounds, settings.data_directory)
+        stack.callback(outputs.close)
+        kernels = KernelRegistry(
+            holdings, specs, outputs.channels, life_bounds=jupyter.life_bounds, cull_bounds=jupyter.cull_bounds
+        )
+        stack.push_async_callback(self._stop_kernels, kernels)
         keyed = KeyedCalls(
             AnswerStore(settings.data_directory / STORE_FILE),
             SHAPES,
@@ -210,6 +207,7 @@ class Gateway:
             self.pools,
             {name: bound.max for name, bound in bounds.items()},
             sessions,
+            kernels,
             claims,
             longest_cell=execution.max_execution_time,
         )
@@ -222,6 +220,7 @@ class Gateway:
         claims.open()
         sessions.idle.start()
         stack.callback(sessions.idle.stop)
+        kernels.culling.start()
         services = Services(
             keys=keys,
             sessions=sessions,
@@ -232,8 +231,10 @@ class Gateway:
             max_execution_time=execution.max_execution_time,
             local_monitoring=settings.local_monitoring,
         )
-        room = room_for_connections(sum(bound.max for bound in bounds.values()), _MAX_CONNECTIONS)
-        self._serve_http(services, claims, sockets, room)
+        room = room_for_connections(sum(bound.max for bound in bounds.values()), MAX_CONNECTIONS)
+        self._serve_http(
+            services, JupyterServices(kernels, specs, NotebookSessions(kernels), cors), claims, sockets, room
+        )
 
     def _checks(self, records: RecordStore) -> dict[str, Check]:
         directory = self.settings.data_directory
@@ -253,9 +254,16 @@ class Gateway:
             raise StartError(f"The claim socket {claims.path} cannot be made: {error}.", ExitCode.UNWRITABLE) from None
         self._stack.push_async_callback(self._stop_claims, claims)
 
-    def _serve_http(self, services: Services, claims: ClaimServer, sockets: list[socket.socket], room: int) -> None:
-        server = _BoundedServer(
-            make_application(services),
+    def _serve_http(
+        self,
+        services: Services,
+        jupyter: JupyterServices,
+        claims: ClaimServer,
+        sockets: list[socket.socket],
+        room: int,
+    ) -> None:
+        server = BoundedServer(
+            make_application(services, jupyter),
             max_body_size=_MAX_BODY_BYTES,
             max_buffer_size=_MAX_BODY_BYTES + 64 * 1024,
             body_timeout=_BODY_SECONDS,
@@ -263,15 +271,19 @@ class Gateway:
         )
         server.max_connections = room
         server.add_sockets(sockets)
-        self._stack.push_async_callback(self._drain, server, services, claims)
+        self._stack.push_async_callback(self._drain, server, services, jupyter.kernels, claims)
 
-    async def _drain(self, server: HTTPServer, services: Services, claims: ClaimServer) -> None:
+    async def _drain(
+        self, server: HTTPServer, services: Services, kernels: KernelRegistry, claims: ClaimServer
+    ) -> None:
         """No new connections; cells end, are cut off with their sandboxes, and are answered; then all hang up."""
         server.stop()
-        await services.sessions.drain(self.settings.drain_timeout, self.hurry)
+        timeout = self.settings.drain_timeout
+        await asyncio.gather(services.sessions.drain(timeout, self.hurry), kernels.drain(timeout, self.hurry))
         if self.keep:
             services.sessions.leave()
         self._patience.begin()
+        await self._stop_kernels(kernels)
         # Holders are told before their sandboxes go.
         await self._stop_claims(claims)
         # A cell is cut off as soon as its sandbox is to go, whether or not the engine confirms it.
@@ -282,6 +294,9 @@ class Gateway:
         await services.keyed.stop(_LAST_ANSWERS_SECONDS)
         await services.answers.taken(_LAST_ANSWERS_SECONDS)
         await server.close_all_connections()
+
+    async def _stop_kernels(self, kernels: KernelRegistry) -> None:
+        await kernels.stop(_LAST_ANSWERS_SECONDS, keep=self.keep)
 
     async def _stop_claims(self, claims: ClaimServer) -> None:
         """Tell the holders; who has not read its last files by then gets no more time."""

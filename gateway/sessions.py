@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine
 from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any
@@ -14,15 +14,13 @@ from typing import Any
 from gateway.cancellation import Closed, unless
 from gateway.errors import RequestError, too_busy
 from gateway.execution import Cell, CellLimits, CellResult, ExitNote, Status, Waiting, follow_cell, run_cell
+from gateway.holdings import Holdings, shutting_down
 from gateway.idle import IdleBounds, IdleSessions
-from gateway.limits import OwnerBounds, Reservations
 from gateway.notices import how_it_ended, new_sandbox
 from gateway.pace import Pace
 from gateway.session import Execution, Followed, Sending, Session
-from kernelprovisioner.launchers.base import LaunchError
-from kernelprovisioner.pool import PoolClaim, SandboxPool
-from kernelprovisioner.pool_errors import PoolBusy, PoolStopped
-from kernelprovisioner.sandbox import ClaimError, ClaimRequest, Sandbox
+from kernelprovisioner.pool import PoolClaim
+from kernelprovisioner.sandbox import ClaimRequest, Sandbox
 from kernelprovisioner.sandbox_exit import ExitCause, SandboxExit
 from kernelprovisioner.standing import Standing
 from kernelprovisioner.wire import first_of
@@ -32,31 +30,22 @@ MAX_WAITING = 64
 #: Sessions without a sandbox that are remembered, so that their next call can say what happened.
 MAX_WITHOUT_SANDBOX = 1000
 
-_SHUTTING_DOWN = "The gateway is shutting down."
 _log = logging.getLogger(__name__)
 
 
 class SessionRegistry:
     """All sessions of this gateway, scoped by owner; runs cells in them with sandboxes of the pools."""
 
-    def __init__(
-        self,
-        pools: Mapping[str, SandboxPool],
-        limits: CellLimits,
-        *,
-        line_timeout: float,
-        owner_bounds: OwnerBounds | None = None,
-        idle_bounds: IdleBounds | None = None,
-    ) -> None:
-        """`line_timeout`: seconds that a request may wait, first for its session's turn, then for a sandbox."""
-        self._pools = pools
+    def __init__(self, holdings: Holdings, limits: CellLimits, *, idle_bounds: IdleBounds | None = None) -> None:
+        """A request may wait for its session's turn as long as it may then wait for a sandbox."""
+        self._holdings = holdings
+        self._pools = holdings.pools
         self._limits = limits
-        self._line_timeout = line_timeout
+        self._line_timeout = holdings.line_timeout
         # In order of creation; the newest of an entity is looked for from the end.
         self._sessions: dict[tuple[str, str], Session] = {}
         self._by_sandbox: dict[str, Session] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._reservations = Reservations(owner_bounds or OwnerBounds())
         #: started and stopped by whoever runs the gateway
         self.idle = IdleSessions(idle_bounds or IdleBounds(), lambda: list(self._by_sandbox.values()), self._give_up)
         self._pace = Pace()
@@ -67,7 +56,8 @@ class SessionRegistry:
         self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         #: done when running cells are to be left to the next gateway
         self._leaving: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        for pool in pools.values():
+        holdings.make_room = self._make_room
+        for pool in holdings.pools.values():
             pool.on_evict = self._evicted
 
     def find(self, owner: str, session_id: str) -> Session | None:
@@ -113,10 +103,10 @@ class SessionRegistry:
         """
         try:
             if self._closed.done():
-                raise too_busy(_SHUTTING_DOWN, 5)
+                raise shutting_down()
             if session.waiting >= MAX_WAITING:
                 raise too_busy(f"{MAX_WAITING} requests wait for this session already.", 5)
-            with self._reservations.execution(session.owner):
+            with self._holdings.reservations.execution(session.owner):
                 return await self._in_turn(session, cell, cancelled, sending)
         finally:
             if not session.executions and session.state == "cold":
@@ -135,7 +125,7 @@ class SessionRegistry:
             try:
                 await unless(cancelled, self._closed, session.turn.acquire(), self._line_timeout)
             except Closed:
-                raise too_busy(_SHUTTING_DOWN, 5) from None
+                raise shutting_down() from None
             except TimeoutError:
                 raise too_busy(f"The session was busy for {self._line_timeout:g} s.", 10) from None
             finally:
@@ -225,7 +215,7 @@ class SessionRegistry:
     ) -> Execution:
         got_turn = time.monotonic()
         if self._leaving.done():
-            raise too_busy(_SHUTTING_DOWN, 5)
+            raise shutting_down()
         if session.deleted:
             if session.sandbox is not None:
                 # It went while this request got its turn, when nobody else was to say so.
@@ -238,7 +228,7 @@ class SessionRegistry:
             sandbox = None
         waited = 0.0
         if sandbox is None:
-            claim = await self._claim(session, pool, cancelled)
+            claim = await self._claim(session, cancelled)
             sandbox, source, waited = claim.sandbox, session.source, claim.waited
         else:
             source = "held"
@@ -292,12 +282,7 @@ class SessionRegistry:
         elif session.sandbox is sandbox:
             self._idle(session)
 
-    async def _claim(self, session: Session, pool: SandboxPool, cancelled: asyncio.Future[None]) -> PoolClaim:
-        self._make_room(session.owner)
-        with self._reservations.claim(session.owner, len(self._held(session.owner))):
-            return await self._claim_reserved(session, pool, cancelled)
-
-    async def _claim_reserved(self, session: Session, pool: SandboxPool, cancelled: asyncio.Future[None]) -> PoolClaim:
+    async def _claim(self, session: Session, cancelled: asyncio.Future[None]) -> PoolClaim:
         request = ClaimRequest(
             kernel_id=session.id,
             key=secrets.token_hex(32).encode(),
@@ -305,32 +290,21 @@ class SessionRegistry:
             notice=new_sandbox(session.last_exit),
             holder=session.holder,
         )
-        claiming = pool.claim(session.owner, request, timeout=self._line_timeout, standing=session.standing)
-        try:
-            claim = await unless(cancelled, self._closed, claiming)
-        except PoolBusy as error:
-            raise too_busy(_sentence(error), error.retry_after) from None
-        except (PoolStopped, Closed):
-            raise too_busy(_SHUTTING_DOWN, 5) from None
-        except (LaunchError, ClaimError) as error:
-            raise RequestError(
-                HTTPStatus.SERVICE_UNAVAILABLE, "no_sandbox", f"No sandbox can be started: {error}", retry_after=10
-            ) from None
+        claim = await self._holdings.claim(
+            session.owner, session.image, request, cancelled=cancelled, closed=self._closed, standing=session.standing
+        )
         session.source, session.last_exit = str(claim.source), None
         self._hold(session, claim.sandbox)
         return claim
 
-    def _held(self, owner: str) -> tuple[Session, ...]:
-        return tuple(session for session in self._by_sandbox.values() if session.owner == owner)
-
     def _make_room(self, owner: str) -> None:
         """At the owner's limit: the idle session that nobody came back to, and was used longest ago, is given up."""
-        held = self._held(owner)
-        room = self._reservations.room(owner, len(held))
+        room = self._holdings.room(owner)
+        held = [session for session in self._by_sandbox.values() if session.owner == owner]
         passing = [one for one in held if one.standing is Standing.PASSING and one.state == "idle"]
         if room is not None and room <= 0 and passing:
             oldest = min(passing, key=lambda session: session.idle_since or 0.0)
-            limit = {"limit_sessions": self._reservations.bounds.sessions}
+            limit = {"limit_sessions": self._holdings.reservations.bounds.sessions}
             self._give_up(oldest, SandboxExit(ExitCause.EVICTED, evidence=limit))
 
     def _idle(self, session: Session) -> None:
@@ -346,6 +320,7 @@ class SessionRegistry:
 
     def _hold(self, session: Session, sandbox: Sandbox) -> None:
         session.sandbox = sandbox
+        self._holdings.hold(session.owner, sandbox)
         self._by_sandbox[sandbox.id] = session
         sandbox.exited.add_done_callback(lambda _: self._exited(session, sandbox))
 
@@ -356,6 +331,7 @@ class SessionRegistry:
 
     def _evicted(self, sandbox: Sandbox, cause: SandboxExit) -> None:
         session = self._by_sandbox.pop(sandbox.id, None)
+        self._holdings.let_go(sandbox)
         if session is not None and session.sandbox is sandbox:
             session.sandbox, session.last_exit = None, cause
 
@@ -363,6 +339,7 @@ class SessionRegistry:
         """The session's sandbox is of no use any more: give it back, and remember why if nobody was told."""
         if self._by_sandbox.pop(sandbox.id, None) is None:
             return
+        self._holdings.let_go(sandbox)
         if session.sandbox is sandbox:
             session.sandbox = None
             session.last_exit = None if told else cause
@@ -387,11 +364,6 @@ class SessionRegistry:
 
 def _deleted() -> RequestError:
     return RequestError(HTTPStatus.NOT_FOUND, "session_not_found", "The session was deleted meanwhile.")
-
-
-def _sentence(error: Exception) -> str:
-    text = str(error)
-    return f"{text[:1].upper()}{text[1:]}."
 
 
 def _ms(seconds: float) -> float:

@@ -98,11 +98,13 @@ class PoolSettings(Configurable):
         known = list(images)
         for name in self.bounds:
             if name not in known:
-                raise _bad(f"PoolSettings.bounds: there is no kernel image {name!r}{_nearest(name, known)}")
+                raise bad_configuration(
+                    f"PoolSettings.bounds: there is no kernel image {name!r}{_nearest(name, known)}"
+                )
         for entry in self._entries():
             if entry.image not in known:
                 there = f"there is no kernel image {entry.image!r}{_nearest(entry.image, known)}"
-                raise _bad(f"PoolSettings.schedule: {there}")
+                raise bad_configuration(f"PoolSettings.schedule: {there}")
 
     def upkeep_of(self, image: KernelImage) -> Upkeep:
         """How the pool of one image looks after itself. Raises StartError where the schedule cannot be read."""
@@ -113,25 +115,27 @@ class PoolSettings(Configurable):
         try:
             return [schedules.parse(text) for text in self.schedule]
         except schedules.ScheduleError as error:
-            raise _bad(f"PoolSettings.schedule: {error}") from None
+            raise bad_configuration(f"PoolSettings.schedule: {error}") from None
 
     def of(self, image: KernelImage) -> PoolBounds:
         """The bounds of one image's pool. Raises StartError where they make no sense."""
         own = self.bounds.get(image.name, {})
         if not isinstance(own, dict) or not set(own) <= {"min", "max"}:
-            raise _bad(f"PoolSettings.bounds[{image.name!r}] needs a dictionary with min and max, not {own!r}")
+            raise bad_configuration(
+                f"PoolSettings.bounds[{image.name!r}] needs a dictionary with min and max, not {own!r}"
+            )
         least = own.get("min", image.pool.min if self.min_size is None else self.min_size)
         most = own.get("max", image.pool.max if self.max_size is None else self.max_size)
         for value in (least, most):
             if isinstance(value, bool) or not isinstance(value, int):
-                raise _bad(f"the pool bounds of {image.name!r} need whole numbers, not {value!r}")
+                raise bad_configuration(f"the pool bounds of {image.name!r} need whole numbers, not {value!r}")
         if "max" not in own and self.max_size is None:
             # Who asks for more warm ones than image.toml allows at most means both.
             most = max(most, least)
         elif "min" not in own and self.min_size is None:
             least = min(least, most)
         if not 0 <= least <= most or most < 1:
-            raise _bad(f"the pool of {image.name!r} cannot have min={least} and max={most}")
+            raise bad_configuration(f"the pool of {image.name!r} cannot have min={least} and max={most}")
         return PoolBounds(least, most)
 
 
@@ -181,7 +185,10 @@ class OwnerLimits(Configurable):
     """What each owner of an API key may have at once; one more is answered with 429."""
 
     max_sessions = Integer(
-        None, min=1, allow_none=True, help="Sessions that hold a sandbox; default: as many as the pools have."
+        None,
+        min=1,
+        allow_none=True,
+        help="Sessions and kernels that hold a sandbox; default: as many as the pools have.",
     ).tag(config=True)
     max_executions = Integer(
         None, min=1, allow_none=True, help="Executions accepted and not answered yet; default: any number."
@@ -253,13 +260,13 @@ def file_config(path: Path) -> Config:
     try:
         return PyFileConfigLoader(path.name, str(path.parent)).load_config()
     except ConfigFileNotFound:
-        raise _bad(f"the configuration file {path} does not exist") from None
+        raise bad_configuration(f"the configuration file {path} does not exist") from None
     except SyntaxError as error:
-        raise _bad(f"{path}, line {error.lineno}: {error.msg}") from None
+        raise bad_configuration(f"{path}, line {error.lineno}: {error.msg}") from None
     except Exception as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         where = f"{path}, line {lines[-1]}" if lines else str(path)
-        raise _bad(f"{where}: {type(error).__name__}: {error}") from None
+        raise bad_configuration(f"{where}: {type(error).__name__}: {error}") from None
 
 
 def check_names(config: Config, classes: Iterable[type[Configurable]], where: str, options: Iterable[str] = ()) -> None:
@@ -273,15 +280,17 @@ def check_names(config: Config, classes: Iterable[type[Configurable]], where: st
                 known.setdefault(parent.__name__, set()).update(settings)
     for section, values in config.items():
         if section not in known:
-            raise _bad(f"{where}: there is no option or class {section!r}{_nearest(section, [*options, *known])}")
+            raise bad_configuration(
+                f"{where}: there is no option or class {section!r}{_nearest(section, [*options, *known])}"
+            )
         for name in values:
             if name not in known[section]:
-                raise _bad(f"{where}: {section} has no setting {name!r}{_nearest(name, known[section])}")
+                raise bad_configuration(f"{where}: {section} has no setting {name!r}{_nearest(name, known[section])}")
 
 
 def bad_trait(error: Exception) -> StartError:
     """The sentence for a value that a trait refuses."""
-    return _bad(_in_words(error))
+    return bad_configuration(_in_words(error))
 
 
 def _set(config: Config, target: tuple[str, str], trait: TraitType[Any, Any], variable: str, text: str) -> None:
@@ -300,7 +309,9 @@ def _parsed(trait: TraitType[Any, Any], variable: str, text: str) -> Any:
         return trait.validate(None, value) if value is not None and hasattr(trait, "validate") else value
     except (TraitError, ValueError, TypeError, SyntaxError) as error:
         shown = "" if trait.metadata.get("secret") else f"={text!r}"
-        raise _bad(f"the environment variable {variable}{shown} cannot be used: {_in_words(error)}") from None
+        raise bad_configuration(
+            f"the environment variable {variable}{shown} cannot be used: {_in_words(error)}"
+        ) from None
 
 
 def _listed(text: str) -> list[Any]:
@@ -322,5 +333,6 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _bad(text: str) -> StartError:
+def bad_configuration(text: str) -> StartError:
+    """The sentence for a configuration that cannot be used."""
     return StartError(f"Bad configuration: {text}.", ExitCode.CONFIGURATION)

@@ -8,9 +8,9 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import nbformat
 from jupyter_client.kernelspec import NoSuchKernel
@@ -22,6 +22,9 @@ from gateway.cli.configuration import add_option, configured
 from gateway.cli.terminal import harmless
 from gateway.errors import ExitCode, StartError
 from kernelprovisioner.launchers.base import LaunchError
+
+if TYPE_CHECKING:
+    from jupyter_client.manager import KernelManager
 
 KERNEL_NAME = "sandbox"
 _CELL_FAILED = 1
@@ -43,7 +46,9 @@ class Interrupted(Exception):
 class NotebookRun(NotebookClient):
     """An nbclient that shows its progress and ends in order when it is interrupted."""
 
-    def __init__(self, notebook: nbformat.NotebookNode, directory: Path) -> None:
+    def __init__(
+        self, notebook: nbformat.NotebookNode, directory: Path, make_manager: Callable[[], KernelManager] | None = None
+    ) -> None:
         super().__init__(
             notebook,
             kernel_name=KERNEL_NAME,
@@ -54,8 +59,16 @@ class NotebookRun(NotebookClient):
         )
         cells = sum(cell.cell_type == "code" and bool(cell.source.strip()) for cell in notebook.cells)
         self._interrupted = False
+        self._make_manager = make_manager
         # disable=None: no bar where nobody looks at a terminal
         self._bar = tqdm(total=cells, unit="cell", desc="starting", disable=None, leave=False)
+
+    def create_kernel_manager(self) -> KernelManager:
+        """As nbclient does it, or a manager of a gateway's kernels."""
+        if self._make_manager is None:
+            return super().create_kernel_manager()
+        self.km = self._make_manager()
+        return self.km
 
     async def async_start_new_kernel(self, **kwargs: Any) -> None:
         """Start the kernel; from here on an interrupt cancels the run, and nbclient's clean-up ends the kernel."""
@@ -101,27 +114,48 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="samovar run",
         description="Execute a notebook in a sandbox and print what its cells print. "
-        "Its cells see the files of the notebook's directory, as a copy; files they write come back.",
+        "Its cells see the files of the notebook's directory, as a copy; files they write come back. "
+        "With --gateway-url they see none of this machine's files.",
     )
     parser.add_argument("notebook", type=Path, metavar="NOTEBOOK")
     parser.add_argument("-o", "--output", type=Path, metavar="OUT", help="write the executed notebook here")
+    parser.add_argument("--gateway-url", metavar="URL", help="take the sandbox from this gateway, by HTTP")
+    parser.add_argument("--api-key", metavar="KEY", help="the gateway's API key (default: the variable API_KEY)")
     add_option(parser)
     arguments = parser.parse_args(argv)
+    if arguments.api_key is not None and arguments.gateway_url is None:
+        parser.error("--api-key goes with --gateway-url")
     try:
-        return _run(arguments.notebook, arguments.output, configured(arguments).provisioner_environment)
+        app = configured(arguments)
+        make_manager = None
+        if arguments.gateway_url is not None:
+            make_manager = _remote(arguments.gateway_url, arguments.api_key or app.api_key)
+        return _run(arguments.notebook, arguments.output, app.provisioner_environment, make_manager)
     except (RunError, StartError) as error:
         print(f"samovar run: {error}", file=sys.stderr)
         return error.exit_code
 
 
-def _run(path: Path, output: Path | None, environment: Mapping[str, str]) -> int:
+def _remote(url: str, api_key: str) -> Callable[[], KernelManager]:
+    # Only this needs what it imports.
+    from gateway.remote import RemoteKernelManager
+
+    return lambda: RemoteKernelManager(gateway_url=url, api_key=api_key, kernel_name=KERNEL_NAME)
+
+
+def _run(
+    path: Path,
+    output: Path | None,
+    environment: Mapping[str, str],
+    make_manager: Callable[[], KernelManager] | None,
+) -> int:
     notebook = _read(path)
     if output is not None and not os.access(output.parent, os.W_OK):
         raise RunError(f"{output}: its directory does not exist or is not writable.", ExitCode.UNWRITABLE)
     # The kernel's provisioner reads nothing else.
     os.environ.update(environment)
     try:
-        asyncio.run(NotebookRun(notebook, path.resolve().parent).run())
+        asyncio.run(NotebookRun(notebook, path.resolve().parent, make_manager).run())
         code = 0
     except CellExecutionError as error:
         print(f"samovar run: a cell of {path} failed:\n{harmless(str(error), '')}", file=sys.stderr)

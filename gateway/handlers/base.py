@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 from tornado.web import HTTPError, RequestHandler, stream_request_body
 
+from gateway.access_log import shown_uri
 from gateway.answers import Answers
 from gateway.auth import KeyCheck
 from gateway.cancellation import Cancelled
@@ -88,7 +89,7 @@ class BaseHandler(RequestHandler):
 
     def prepare(self) -> None:
         # A stranger's is read to its end all the same: else he sees a broken connection instead of his answer.
-        self._kept = self.takes_body and self.services.keys.owner(self.request.headers) is not None
+        self._kept = self.takes_body and self.find_owner() is not None
 
     def data_received(self, chunk: bytes) -> None:
         if self._kept:
@@ -104,10 +105,14 @@ class BaseHandler(RequestHandler):
         if not self.hung_up.done():
             self.hung_up.set_result(None)
 
+    def find_owner(self) -> str | None:
+        """Whose key the request carries; None without a valid one."""
+        return self.services.keys.owner(self.request.headers)
+
     @property
     def owner(self) -> str:
         """Whose key the request carries. Raises RequestError (401)."""
-        owner = self.services.keys.owner(self.request.headers)
+        owner = self.find_owner()
         if owner is None:
             raise RequestError(
                 HTTPStatus.UNAUTHORIZED,
@@ -157,14 +162,25 @@ class BaseHandler(RequestHandler):
             error = _unexpected(status_code, error)
         if error.status == HTTPStatus.UNAUTHORIZED:
             self.set_header("WWW-Authenticate", "Bearer")
+        if error.status == HTTPStatus.METHOD_NOT_ALLOWED:
+            self.set_header("Allow", ", ".join(self._verbs()))
         if error.retry_after is not None:
             self.set_header("Retry-After", str(max(1, round(error.retry_after))))
         family = type(self).error_family
         self._finish(family(error, self.request_id), error.status, type(self).error_type)
 
     def log_exception(self, typ: Any, value: Any, tb: Any) -> None:
-        if not isinstance(value, RequestError | Cancelled):
-            super().log_exception(typ, value, tb)
+        if not isinstance(value, RequestError | Cancelled | HTTPError):
+            # Not as Tornado does it: its text has the query, and that may have a key.
+            request = self.request
+            _log.error(
+                "%s %s failed: %s", request.method, shown_uri(request.uri), typ.__name__, exc_info=(typ, value, tb)
+            )
+
+    def _verbs(self) -> list[str]:
+        """The methods that this resource has."""
+        names = ((verb, verb.lower()) for verb in self.SUPPORTED_METHODS)
+        return [verb for verb, name in names if getattr(type(self), name) is not getattr(RequestHandler, name)]
 
     def _finish(self, value: object, status: HTTPStatus, content_type: str) -> None:
         self.set_status(status)

@@ -15,7 +15,7 @@ from gateway.idempotency import KeyedCalls
 from gateway.sessions import SessionRegistry
 from kernelprovisioner.pool import PoolClaim
 from kernelprovisioner.pool_events import Source
-from kernelprovisioner.sandbox import ClaimRequest
+from kernelprovisioner.sandbox import ClaimRequest, Probe
 from kernelprovisioner.sandbox_exit import CellReference, ExitCause, SandboxExit
 from kernelprovisioner.standing import Standing
 from kernelprovisioner.supervisor import KernelExit
@@ -71,9 +71,24 @@ class FakeSandbox:
         self.interrupts = 0
         self.running: Callable[[], CellReference | None] | None = None
         self.on_interrupt: Callable[[], None] = lambda: None
+        self.end_asked = False
+        self.last_use: asyncio.Future[None] | None = None
+        self.holder: dict[str, Any] = {}
+        #: what it says it runs when it is asked, first to last; after that nothing
+        self.probes: list[str | Exception | None] = []
+
+    async def probe(self, *, timeout: float) -> Probe:
+        await asyncio.sleep(0)
+        answer = self.probes.pop(0) if self.probes else None
+        if isinstance(answer, Exception):
+            raise answer
+        return Probe(answer, 2)
 
     async def recorded(self) -> None:
         await asyncio.sleep(0)
+
+    async def note_holder(self, holder: dict[str, Any]) -> None:
+        self.holder = holder
 
     async def interrupt(self) -> None:
         self.interrupts += 1
@@ -99,6 +114,51 @@ def ends_well(sandbox: FakeSandbox, msg_id: str, content: dict[str, Any]) -> Non
     sandbox.say(msg_id, "iopub", "stream", {"name": "stdout", "text": content["code"]})
     sandbox.reply(msg_id)
     sandbox.idle(msg_id)
+
+
+class FakeChannels:
+    """The channels of a kernel to which nobody is connected. `calls`: what its kernel's life did with them."""
+
+    def __init__(self) -> None:
+        self.on_status: Callable[[str], None] | None = None
+        self.on_activity: Callable[[], None] | None = None
+        self.on_shutdown_request: Callable[[bool], None] | None = None
+        self.connections = 0
+        self.busy = False
+        self.cell: CellReference | None = None
+        self.attached: list[Any] = []
+        self.calls: list[str] = []
+        self.closed: list[tuple[int, str]] = []
+
+    def attach(self, sandbox: Any, *, adopted: bool = False) -> None:
+        self.attached.append(sandbox)
+        self.calls.append(f"attach {sandbox.id}")
+
+    def detach(self) -> None:
+        self.calls.append("detach")
+
+    def publish(self, channel: str, msg_type: str, content: Any, **_: Any) -> None:
+        self.calls.append(f"{channel} {msg_type} {content['execution_state']}")
+
+    def tell_death(self, text: str, ename: str, *, traceback: Any, unsent: Any = ()) -> None:
+        self.calls.append(f"death {text}")
+
+    def tell_restart(self) -> None:
+        self.calls.append("restart")
+
+    def follow(self, msg_id: str) -> None:
+        self.calls.append(f"follow {msg_id}")
+
+    def follow_no_more(self, msg_id: str) -> None:
+        self.calls.append(f"follow no more {msg_id}")
+
+    def notice_to_each(self, text: str) -> None:
+        self.calls.append(f"notice {text}")
+
+    async def close(self, code: int, reason: str) -> None:
+        self.closed.append((code, reason))
+        self.calls.append(f"close {code}")
+        await asyncio.sleep(0)
 
 
 class FakePool:

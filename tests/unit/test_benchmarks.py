@@ -46,6 +46,18 @@ def test_a_figure_knows_its_worst_sample_and_its_ratio() -> None:
     assert lines[2:] == ["| a start | 2 s | 9 s | 3 | 0.50 × the other |", "| starts | 2 /s | 1 /s | 3 |  |"]
 
 
+def test_a_figure_is_held_against_its_bar() -> None:
+    figures = [
+        figure(Quantity("rate", "text", "MB/s", samples, "stock", [20.0], more_is_better=True, least=40.0))
+        for samples in ([39.0, 40.0, 41.0], [39.9])
+    ]
+    assert [one.held for one in figures] == [True, False]
+    lines = figures_table([asdict(one) for one in figures]).splitlines()
+    assert lines[2].endswith("| 3 | 2.00 × stock (≥ 40 MB/s) |")
+    assert lines[3].endswith("| 1 | 2.00 × stock (≥ 40 MB/s, missed) |")
+    assert report.Measured(VERSIONS, [], [], figures, {}).missed == ["text: 39.9 MB/s, at least 40"]
+
+
 # --- levels -----------------------------------------------------------------------------------------------------------
 
 

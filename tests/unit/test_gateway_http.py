@@ -6,92 +6,15 @@ import asyncio
 import json
 import logging
 import tracemalloc
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
-from tornado.httpclient import AsyncHTTPClient, HTTPResponse
-from tornado.httpserver import HTTPServer
-from tornado.netutil import bind_sockets
+from tornado.httpclient import AsyncHTTPClient
 
-from gateway.auth import KeyCheck
-from gateway.execution import CellLimits
-from gateway.handlers import make_application
-from gateway.handlers.base import Services
-from gateway.health import Health
 from gateway.limits import OwnerBounds
-from gateway.sessions import SessionRegistry
-from kernelprovisioner.images import read_images
 from kernelprovisioner.pool import PoolFull
-from tests.unit.gateway_fakes import FakePool, FakeSandbox, Script, ends_well, keyed_calls
-
-KEY = "key-of-the-tests"
-
-
-@dataclass
-class Api:
-    """A served application and its parts."""
-
-    port: int
-    pool: FakePool
-    sessions: SessionRegistry
-
-    async def call(
-        self,
-        method: str,
-        path: str,
-        body: Any = None,
-        *,
-        key: str = KEY,
-        raw: bytes | None = None,
-        headers: dict[str, str] | None = None,
-    ) -> HTTPResponse:
-        data = raw if raw is not None else json.dumps(body).encode() if method == "POST" else None
-        return await AsyncHTTPClient().fetch(
-            f"http://127.0.0.1:{self.port}{path}",
-            method=method,
-            body=data,
-            headers={**({"x-api-key": key} if key else {}), **(headers or {})},
-            raise_error=False,
-        )
-
-    async def exec(self, **fields: Any) -> dict[str, Any]:
-        response = await self.call("POST", "/exec", {"lang": "py", **fields})
-        assert response.code == 200, response.body
-        answer: dict[str, Any] = json.loads(response.body)
-        return answer
-
-
-@asynccontextmanager
-async def served(
-    script: Script = ends_well,
-    *,
-    local_monitoring: bool = True,
-    check: Any = None,
-    directory: Path = Path("/nonexistent"),
-    owner_bounds: OwnerBounds | None = None,
-) -> AsyncIterator[Api]:
-    """The application on a port of its own."""
-    pool = FakePool(script)
-    pools: Any = {"python": pool}
-    sessions = SessionRegistry(pools, CellLimits(0.05, 10_000, 100), line_timeout=5.0, owner_bounds=owner_bounds)
-    health = Health("1", {"engine": check} if check is not None else {})
-    keys = KeyCheck({KEY: "main", "another-key": "other"})
-    keyed = keyed_calls(sessions, directory)
-    services = Services(keys, sessions, pools, read_images(), health, keyed, 5.0, local_monitoring)
-    server = HTTPServer(make_application(services))
-    sockets = bind_sockets(0, "127.0.0.1")
-    server.add_sockets(sockets)
-    try:
-        yield Api(sockets[0].getsockname()[1], pool, sessions)
-    finally:
-        server.stop()
-        await server.close_all_connections()
-        await keyed.stop(1.0)
-        await asyncio.sleep(0.01)
+from tests.unit.gateway_fakes import FakeSandbox
+from tests.unit.served_api import KEY, served
 
 
 def result_then_error(sandbox: FakeSandbox, msg_id: str, content: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from gateway.errors import RequestError
 from gateway.execution import Cell, CellLimits, Status
+from gateway.holdings import Holdings
 from gateway.idle import IdleBounds
 from gateway.limits import OwnerBounds
 from gateway.session import Execution, Session
@@ -24,7 +25,8 @@ def registry(
     pool: FakePool, *, sessions: int | None = None, executions: int | None = None, idle: IdleBounds | None = None
 ) -> SessionRegistry:
     bounds = OwnerBounds(sessions, executions)
-    return SessionRegistry({"python": pool}, LIMITS, line_timeout=5.0, owner_bounds=bounds, idle_bounds=idle)  # type: ignore[dict-item]
+    holdings = Holdings({"python": pool}, line_timeout=5.0, bounds=bounds)  # type: ignore[dict-item]
+    return SessionRegistry(holdings, LIMITS, idle_bounds=idle)
 
 
 async def execute(known: SessionRegistry, session: Session, timeout: float = 5.0) -> Execution:

@@ -12,6 +12,7 @@ from gateway import sessions
 from gateway.cancellation import Cancelled
 from gateway.errors import RequestError
 from gateway.execution import Cell, CellLimits, Status
+from gateway.holdings import Holdings
 from gateway.session import Execution, Session
 from gateway.sessions import SessionRegistry
 from kernelprovisioner.launchers.base import LaunchError
@@ -23,7 +24,7 @@ LIMITS = CellLimits(grace=0.05, max_output_bytes=1000, max_outputs=10)
 
 
 def registry(pool: FakePool, line_timeout: float = 5.0) -> SessionRegistry:
-    return SessionRegistry({"python": pool}, LIMITS, line_timeout=line_timeout)  # type: ignore[dict-item]
+    return SessionRegistry(Holdings({"python": pool}, line_timeout=line_timeout), LIMITS)  # type: ignore[dict-item]
 
 
 async def execute(known: SessionRegistry, session: Session, code: str = "code", timeout: float = 5.0) -> Execution:
@@ -159,12 +160,13 @@ async def test_deleting_while_a_sandbox_is_claimed_gives_it_back() -> None:
     known = registry(pool)
     session = known.add(Session("me", "python"))
     running = asyncio.create_task(execute(known, session))
-    await asyncio.sleep(0.01)
+    for _ in range(20):
+        await asyncio.sleep(0)
     await known.delete(session)
     pool.gate.set()
     with pytest.raises(RequestError):
         await running
-    await asyncio.sleep(0.01)
+    await known.stop(5)
     assert [sandbox.id for sandbox, _ in pool.released] == ["sandbox0"]
 
 

@@ -15,11 +15,12 @@ import pytest
 from gateway import answer_store, idempotency
 from gateway.answer_store import AnswerStore, KeyedCall, SentCell, StoreError
 from gateway.execution import CellLimits
+from gateway.holdings import Holdings
 from gateway.idempotency import EXEC, KeyedCalls
 from gateway.session import Session
 from gateway.sessions import SessionRegistry
 from tests.unit.gateway_fakes import FakePool, FakeSandbox, ends_well, keyed_calls
-from tests.unit.test_gateway_http import Api, served
+from tests.unit.served_api import Api, served
 
 HEADERS = {"Idempotency-Key": "one"}
 CALL = KeyedCall("main", "one", EXEC, b"fingerprint")
@@ -163,7 +164,8 @@ async def test_a_call_that_cannot_be_recorded_does_not_run(tmp_path: Path) -> No
 @contextlib.asynccontextmanager
 async def calls_of(directory: Path, **fields: Any) -> AsyncIterator[tuple[KeyedCalls, SessionRegistry, FakePool]]:
     pool = FakePool()
-    sessions = SessionRegistry({"python": pool}, CellLimits(0.05, 1000, 10), line_timeout=5.0)  # type: ignore[dict-item]
+    holdings = Holdings({"python": pool}, line_timeout=5.0)  # type: ignore[dict-item]
+    sessions = SessionRegistry(holdings, CellLimits(0.05, 1000, 10))
     keyed = keyed_calls(sessions, directory, **fields)
     yield keyed, sessions, pool
     await keyed.stop(1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from typing import Any
@@ -13,17 +14,24 @@ from hypothesis import strategies as st
 
 from gateway import execution
 from gateway.execution import Cell, CellLimits, Status
+from gateway.holdings import Holdings
+from gateway.kernel import Kernel
+from gateway.kernels import KernelRegistry
+from gateway.kernelspecs import KernelSpecs
 from gateway.log_file import FIELDS
-from gateway.recovery import Pool, plan, recover, session_of
+from gateway.notebook_session import NotebookSession
+from gateway.recovery import Pool, kernel_holder_of, plan, recover, session_of
 from gateway.session import Session
 from gateway.sessions import SessionRegistry
 from kernelprovisioner.launchers.base import Endpoint, LaunchError
 from kernelprovisioner.records import SandboxRecord
 from kernelprovisioner.sandbox import Probe, ProbeError
 from kernelprovisioner.sandbox_exit import ExitCause, SandboxExit
-from tests.unit.gateway_fakes import FakePool, FakeSandbox, ends_well
+from tests.unit.gateway_fakes import FakeChannels, FakePool, FakeSandbox, ends_well
 
 LIMITS = CellLimits(grace=0.05, max_output_bytes=1000, max_outputs=10)
+#: no record is of one
+NO_KERNELS: Any = None
 POOLS = {"python": Pool(3, "new"), "other": Pool(2, None)}
 
 
@@ -53,9 +61,16 @@ def session(session_id: str, **fields: Any) -> dict[str, Any]:
     return {**Session("main", "python", id=session_id).holder, **fields}
 
 
+def kernel(kernel_id: str, **fields: Any) -> dict[str, Any]:
+    made: dict[str, Any] = {"kind": "kernel", "id": kernel_id, "owner": "main", "name": "sandbox", "created": 1.0}
+    return {**made, **fields}
+
+
 HOLDERS = st.one_of(
     st.builds(session, st.sampled_from("abc"), owner=st.sampled_from(["main", "other"])),
     st.fixed_dictionaries({"kind": st.just("provisioner"), "token": st.sampled_from(["t", "", 5])}),
+    st.builds(kernel, st.sampled_from("ab"), owner=st.sampled_from(["main", "other"])),
+    st.sampled_from([{"kind": "kernel"}, kernel("x", created=1e300), kernel("x", notebooks=[{}])]),
     st.sampled_from([{}, {"kind": "session"}, {"kind": "pod"}, session("x", created=1e300), session("x", env=5)]),
 )
 RECORDS = st.lists(
@@ -89,10 +104,11 @@ def test_each_sandbox_is_adopted_or_reaped_and_no_place_is_given_twice(records: 
         assert all(pool.template in (None, each.template) for each in warm)
     assert {each.image for each in decided.adopt} <= set(POOLS)
     sessions = [(found.owner, found.id) for each in decided.adopt if (found := session_of(each)) is not None]
-    kernels = [each.kernel_id for each in decided.adopt if each.holder.get("kind") == "provisioner"]
-    assert len(set(sessions)) == len(sessions)
-    assert len(set(kernels)) == len(kernels)
-    assert len(sessions) + len(kernels) == sum(each.state == "claimed" for each in decided.adopt)
+    held = [each.kernel_id for each in decided.adopt if each.holder.get("kind") == "provisioner"]
+    kernels = [(found.owner, found.id) for each in decided.adopt if (found := kernel_holder_of(each)) is not None]
+    for places in (sessions, held, kernels):
+        assert len(set(places)) == len(places)
+    assert len(sessions) + len(held) + len(kernels) == sum(each.state == "claimed" for each in decided.adopt)
 
 
 def test_claimed_ones_stay_whatever_their_template_and_the_youngest_warm_ones_that_fit() -> None:
@@ -121,12 +137,33 @@ def test_a_session_is_found_again_as_it_was() -> None:
     assert session_of(record(1)) is None
 
 
+async def test_a_kernel_is_found_again_as_it_was() -> None:
+    notebook = NotebookSession("dir/a.ipynb", "a", "notebook")
+    before = Kernel("owner", "id", "python3", "python", FakeChannels(), "dir", {"A": "b"}, "a.ipynb")
+    before.notebooks[notebook.id] = notebook
+    records = [claimed(1, json.loads(json.dumps(before.holder))), claimed(2, kernel("c")), claimed(3, kernel("lost"))]
+    same: Any = Finding(records)
+    same.silent.set()
+    pools: Any = {"python": FakePool()}
+    holdings = Holdings(pools, line_timeout=5.0)
+    kernels, sessions = KernelRegistry(holdings, KernelSpecs({}, {}), FakeChannels), SessionRegistry(holdings, LIMITS)
+    recovered = await recover(same, {"python": same}, {"python": 3}, sessions, kernels, same, longest_cell=0.01)
+    after = kernels.find("owner", "id")
+    assert after.holder == before.holder
+    assert (after.image, after.sandbox is None) == ("python", False)
+    assert recovered.adopted == {"kernel": 2}
+    assert sorted(each.id for each in kernels.everything()) == ["c", "id", "lost"]
+    await asyncio.sleep(0.01)
+    assert kernels.find("main", "lost").dead and not kernels.find("main", "c").dead
+    await kernels.stop(5.0)
+
+
 async def test_sessions_come_back_in_the_order_in_which_they_were_made() -> None:
     records = [claimed(number, session(f"s{number}")) for number in (1, 2, 4)]
     found, pools = Finding(records), {"python": FakePool()}
     same: Any = found
-    sessions = SessionRegistry(pools, LIMITS, line_timeout=5.0)  # type: ignore[arg-type]
-    recovered = await recover(same, {"python": same}, {"python": 3}, sessions, same, longest_cell=0.01)
+    sessions = SessionRegistry(Holdings(pools, line_timeout=5.0), LIMITS)  # type: ignore[arg-type]
+    recovered = await recover(same, {"python": same}, {"python": 3}, sessions, NO_KERNELS, same, longest_cell=0.01)
     await asyncio.gather(*recovered.followed.values(), return_exceptions=True)
     assert [each.id for each in sessions.list("main")] == ["s1", "s2", "s4"]
 
@@ -173,9 +210,11 @@ async def test_holders_get_their_sandboxes_back_while_another_one_does_not_answe
     caplog.set_level(logging.INFO, "gateway.recovery")
     holder = {"kind": "provisioner", "token": "t"}
     records = [claimed(number, holder, kernel_id=str(number)) for number in (2, 3, 4)]
-    found, sessions = Finding(records), SessionRegistry({}, LIMITS, line_timeout=5.0)
+    found, sessions = Finding(records), SessionRegistry(Holdings({}, line_timeout=5.0), LIMITS)
     same: Any = found
-    recovering = asyncio.create_task(recover(same, {"python": same}, {"python": 3}, sessions, same, longest_cell=5.0))
+    recovering = asyncio.create_task(
+        recover(same, {"python": same}, {"python": 3}, sessions, NO_KERNELS, same, longest_cell=5.0)
+    )
     async with asyncio.timeout(5):
         while len(found.restored) < 2:  # noqa: ASYNC110 (what is waited for has no event)
             await asyncio.sleep(0.005)
@@ -207,8 +246,8 @@ async def test_the_age_of_a_claimed_sandbox_counts_from_its_claim() -> None:
         ]
     )
     found.ages = []
-    sessions = SessionRegistry({}, LIMITS, line_timeout=5.0)
-    await recover(found, {"python": found}, {"python": 3}, sessions, found, longest_cell=5.0)
+    sessions = SessionRegistry(Holdings({}, line_timeout=5.0), LIMITS)
+    await recover(found, {"python": found}, {"python": 3}, sessions, NO_KERNELS, found, longest_cell=5.0)
     assert sorted(found.ages) == pytest.approx([10.0, 1000.0], abs=5.0)
 
 
@@ -243,7 +282,7 @@ def asked_often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def restored(sandbox: Adopted, timeout: float = 5.0) -> tuple[SessionRegistry, Session, FakePool, asyncio.Task[Any]]:
     pool = FakePool()
-    registry = SessionRegistry({"python": pool}, LIMITS, line_timeout=5.0)  # type: ignore[dict-item]
+    registry = SessionRegistry(Holdings({"python": pool}, line_timeout=5.0), LIMITS)  # type: ignore[dict-item]
     found = session_of(claimed(1, Session("main", "python").holder))
     assert found is not None
     task = registry.restore(found, sandbox, timeout)  # type: ignore[arg-type]
@@ -356,7 +395,7 @@ async def test_a_gateway_that_leaves_answers_what_runs_and_takes_nothing_more() 
     pool = FakePool(
         lambda sandbox, msg_id, content: sandbox.say(msg_id, "iopub", "stream", {"name": "stdout", "text": "so far"})
     )
-    registry = SessionRegistry({"python": pool}, LIMITS, line_timeout=5.0)  # type: ignore[dict-item]
+    registry = SessionRegistry(Holdings({"python": pool}, line_timeout=5.0), LIMITS)  # type: ignore[dict-item]
     session = registry.add(Session("main", "python"))
     cancelled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     first = asyncio.create_task(registry.execute(session, Cell("first", 5.0), cancelled))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from tqdm import tqdm
 
 from gateway.cli import main
 from gateway.cli.run import _as_text, _write
@@ -40,6 +41,29 @@ def test_the_output_is_written_as_a_whole(tmp_path: Path) -> None:
     _write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("ü")]), path)
     assert nbformat.read(path, as_version=4).cells[0].source == "ü"
     assert [entry.name for entry in tmp_path.iterdir()] == ["out.ipynb"]
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("gateway:8000", "'gateway:8000' is no address of a gateway: it begins with http:// or https://"),
+        ("http://127.0.0.1:1", "no gateway answers at http://127.0.0.1:1: "),
+    ],
+)
+def test_a_gateway_that_is_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, url: str, reason: str
+) -> None:
+    monkeypatch.setattr(tqdm, "monitor_interval", 0)  # else it leaves a thread
+    path = tmp_path / "book.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1")]), path)
+    assert main(["run", str(path), "--gateway-url", url]) == 70
+    assert capsys.readouterr().err.startswith(f"samovar run: {reason}")
+
+
+def test_a_key_without_a_gateway(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["run", str(tmp_path / "none.ipynb"), "--api-key", "x"])
+    assert "--api-key goes with --gateway-url" in capsys.readouterr().err
 
 
 def test_outputs_as_text() -> None:
