@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -35,6 +35,7 @@ ENGINE_PROGRAMS = {
     "iptables": "iptables",
     "mmdebstrap": "mmdebstrap",
 }
+BROWSER_PROGRAM = "chromium"
 START_TIMEOUT = 60.0
 STOP_TIMEOUT = 30.0
 
@@ -67,15 +68,17 @@ def answers(url: str) -> bool:
         client.close()
 
 
-def install_programs() -> None:
-    """Install the engine's packages where they are missing. Raises ServiceMissing where that is not possible."""
-    missing = [package for program, package in ENGINE_PROGRAMS.items() if shutil.which(program, path=_path()) is None]
+def install_programs(programs: Mapping[str, str], what: str, instead: str) -> None:
+    """Install the packages of those programs that are missing. Raises ServiceMissing where that is not possible.
+
+    `what` they are together, and what a person could do `instead`, stand in its text.
+    """
+    missing = [package for program, package in programs.items() if shutil.which(program, path=_path()) is None]
     if not missing:
         return
     if shutil.which("apt-get") is None or os.geteuid() != 0:
         raise ServiceMissing(
-            f"no container engine: {', '.join(missing)} not installed, and installing them needs root and apt-get. "
-            f"Install them, or set {URL_VARIABLE} to an engine that tests may use."
+            f"no {what}: {', '.join(missing)} not installed, and installing them needs root and apt-get. {instead}"
         )
     say(f"installing {' '.join(missing)}")
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
@@ -85,6 +88,40 @@ def install_programs() -> None:
         )
         if result.returncode != 0:
             raise ServiceMissing(f"apt-get {arguments[0]} failed:\n{result.stdout[-2000:]}")
+
+
+def chromium() -> str:
+    """Return the path of a browser for tests, installed where it is missing. Raises ServiceMissing."""
+    for program in (BROWSER_PROGRAM, "chromium-browser", "google-chrome"):
+        if found := shutil.which(program):
+            return found
+    install_programs({BROWSER_PROGRAM: BROWSER_PROGRAM}, "browser", "Install Chromium or Chrome.")
+    found = shutil.which(BROWSER_PROGRAM)
+    if found is None:
+        raise ServiceMissing(f"the package {BROWSER_PROGRAM} has no program of that name here")
+    return found
+
+
+def node_modules(project: Path) -> Path:
+    """Install what a folder's package-lock.json says into .cache, once for each; return the directory of the modules.
+
+    Nothing of it runs at installation. Raises ServiceMissing.
+    """
+    install_programs({"node": "nodejs", "npm": "npm"}, "Node.js", "Install Node.js 20 or newer, with npm.")
+    lock = (project / "package-lock.json").read_bytes()
+    target = CACHE / f"node-{hashlib.sha256(lock).hexdigest()[:16]}"
+    if (target / "complete").exists():
+        return target / "node_modules"
+    say(f"installing the packages of {project.name}/package-lock.json")
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("package.json", "package-lock.json"):
+        shutil.copy(project / name, target)
+    command = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
+    result = subprocess.run(command, cwd=target, capture_output=True, check=False, text=True, timeout=600)
+    if result.returncode != 0:
+        raise ServiceMissing(f"npm ci failed:\n{result.stderr[-2000:]}")
+    (target / "complete").touch()
+    return target / "node_modules"
 
 
 class Engine:
@@ -104,7 +141,9 @@ class Engine:
 
     def start(self) -> None:
         """Start the engine and wait until it answers. Raises ServiceMissing with the end of its log."""
-        install_programs()
+        install_programs(
+            ENGINE_PROGRAMS, "container engine", f"Install them, or set {URL_VARIABLE} to an engine that tests may use."
+        )
         CACHE.mkdir(exist_ok=True)
         self._lock = (CACHE / f"{self._name}.lock").open("w")
         try:
