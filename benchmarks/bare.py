@@ -120,6 +120,8 @@ class StockKernel:
         self._directory = directory
         self._engine = docker.DockerClient(base_url=docker_url, timeout=60)
         self._container: Any = None
+        #: its connection information as seen from here, once it was started
+        self.info: dict[str, Any] = {}
 
     def start(self) -> dict[str, Any]:
         """Start it; return its connection information as seen from here."""
@@ -157,7 +159,8 @@ class StockKernel:
             pids_limit=limits.pids,
             detach=True,
         )
-        return info | {"ip": str(self._directory / "k")}
+        self.info = info | {"ip": str(self._directory / "k")}
+        return self.info
 
     def stop(self) -> None:
         """Remove its container."""

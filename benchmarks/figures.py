@@ -20,6 +20,8 @@ class Quantity:
     against: str = ""
     baseline: Sequence[float] = ()
     more_is_better: bool = False
+    #: what the median has to be at least
+    least: float | None = None
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,12 @@ class Figure:
     against: str
     baseline_median: float | None
     ratio: float | None
+    least: float | None = None
+
+    @property
+    def held(self) -> bool:
+        """Whether its bar was held, where there is one."""
+        return self.least is None or self.median >= self.least
 
 
 def figure(quantity: Quantity) -> Figure:
@@ -52,6 +60,7 @@ def figure(quantity: Quantity) -> Figure:
         against=quantity.against,
         baseline_median=None if base is None else round(base, 4),
         ratio=None if not base else round(median / base, 3),
+        least=quantity.least,
     )
 
 
@@ -60,6 +69,9 @@ def figures_table(rows: Iterable[Mapping[str, Any]]) -> str:
     lines = ["| what | median | worst | of | ratio |", "|---|---:|---:|---:|---|"]
     for row in rows:
         ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f} × {row['against']}"
+        if (least := row.get("least")) is not None:
+            bar = f"≥ {least:g} {row['unit']}" + (", missed" if row["median"] < least else "")
+            ratio = f"{ratio} ({bar})" if ratio else bar
         lines.append(
             f"| {row['what']} | {row['median']:.3g} {row['unit']} | {row['worst']:.3g} {row['unit']} "
             f"| {row['n']} | {ratio} |"

@@ -81,7 +81,7 @@ def claimed_kernel(gateway: GatewayProcess, directory: Path) -> Iterator[dict[st
     environment = gateway.environment
     os.environ.update({name: environment[name] for name in ("SAMOVAR_RUNTIME_DIR", "DOCKER_BASE_URL")})
     work = directory / "work"
-    work.mkdir()
+    work.mkdir(exist_ok=True)
     manager = KernelManager(kernel_name="sandbox")
     manager.start_kernel(cwd=str(work))
     try:

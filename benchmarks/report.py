@@ -39,6 +39,14 @@ CASES: dict[str, tuple[str, Bar | None]] = {
     "first_refilling": ("the same, while the pool refills", None),
     "live_quiet": ("`POST /exec` in a live session, beside a pool of ten at rest", None),
     "live_refilling": ("the same, while that pool refills", None),
+    "websocket": ("a cell over a websocket", None),
+    "websocket_own": ("the gateway's own part of that", Bar(0.2)),
+    "websocket_quick": ("the same cell, the client acknowledges at once (TCP_QUICKACK)", None),
+    "websocket_quick_own": ("the gateway's own part of that", None),
+    "stock_websocket": ("a cell over a websocket of stock jupyter_server", None),
+    "stock_websocket_own": ("jupyter_server's own part of that", None),
+    "stock_websocket_quick": ("the same cell, the client acknowledges at once", None),
+    "stock_websocket_quick_own": ("jupyter_server's own part of that", None),
 }
 
 
@@ -160,6 +168,11 @@ class Measured:
                 f"{row.clients} clients on live sessions: p99 {row.ratio_p99} ×, errors {row.errors}"
                 for row in self.load
                 if row.held is False
+            ),
+            *(
+                f"{row.what}: {row.median:.3g} {row.unit}, at least {row.least:g}"
+                for row in self.figures
+                if not row.held
             ),
         ]
 
