@@ -128,7 +128,6 @@ class SandboxKernel(IPythonKernel):
         super().post_handler_hook()
         if _in_main_thread():
             self.iopub_thread.user_code = False
-            self.iopub_thread.ending = True
 
     async def execute_request(self, stream: Any, ident: Any, parent: dict[str, Any]) -> None:
         """Run a cell, with `sys.argv[1:]` of its own where its metadata says so."""

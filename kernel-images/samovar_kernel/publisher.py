@@ -30,8 +30,8 @@ STALL_LIMIT = 5.0
 """Seconds after which a subscriber that takes nothing misses a message, so that the others go on (one alone is waited
 for)."""
 
-END_ALLOWANCE = 4 * BUDGET
-"""Bytes that may go out past SEND_QUEUE, so that the end of a cell does not wait for a stalled subscriber."""
+ENDING_STALL_LIMIT = 0.5
+"""The same once a cell was interrupted, has failed or asks something: who waits for that must not wait for another."""
 
 _FLUSH_INTERVAL = 0.05  # s between a print and its message, while a cell runs on
 _HAND_OVER = 0.001  # s until the thread takes over what user code published; most cells have ended by then
@@ -63,7 +63,7 @@ class Publisher(IOPubThread):
         #: true while the main thread runs user code: a signal handler may raise anywhere in it, so it must not send.
         #: Whoever sets it to false sees to it first that an interrupt does not raise
         self.user_code = False
-        #: true once a cell has come to its end or asks something: somebody waits for what is queued
+        #: true once a cell was interrupted, has failed or asks something: somebody waits for what is queued
         self.ending = False
         self._alarm = Alarm()
         self._due: float | None = None
@@ -72,7 +72,6 @@ class Publisher(IOPubThread):
         self._send_lock = threading.Lock()
         self._unsent: list[Any] | None = None
         self._stalled_since: float | None = None
-        self._allowance = END_ALLOWANCE
         self._subscriptions = 0
         self._welcomes: list[str] = []
         self._interrupted = False
@@ -154,7 +153,7 @@ class Publisher(IOPubThread):
             finally:
                 self._send_lock.release()
             # what came in after the last look, from a thread that found the lock taken
-            if self.output.empty or self._stalled_since is not None or not self.ready:
+            if self.closed or self.output.empty or self._stalled_since is not None or not self.ready:
                 return
 
     def stop(self) -> None:
@@ -182,24 +181,11 @@ class Publisher(IOPubThread):
             self._unsent = frames
             try:
                 self.socket.send_multipart(frames, zmq.NOBLOCK)
-                self._stalled_since = None
-                self._allowance = END_ALLOWANCE
             except zmq.Again:
-                if not (self._send_past_limit(frames) or self._stalled(frames)):
+                if not self._stalled(frames):
                     return
             self._unsent = None
-
-    def _send_past_limit(self, frames: list[Any]) -> bool:
-        """Return whether `frames` were sent although a subscriber's queue is full: they belong to a cell's end."""
-        if not self.ending or self._allowance <= 0:
-            return False
-        self._allowance -= sum(memoryview(frame).nbytes for frame in frames)
-        self.socket.setsockopt(zmq.SNDHWM, 0)
-        try:
-            self.socket.send_multipart(frames, zmq.NOBLOCK)
-        finally:
-            self.socket.setsockopt(zmq.SNDHWM, SEND_QUEUE)
-        return True
+            self._stalled_since = None
 
     def _stalled(self, frames: list[Any]) -> bool:
         """Return whether `frames` are dealt with: sent to all but a subscriber that takes nothing for too long."""
@@ -207,7 +193,8 @@ class Publisher(IOPubThread):
         if self._stalled_since is None:
             self._stalled_since = now
         self._note_subscriptions()
-        if now - self._stalled_since < STALL_LIMIT or self._subscriptions < 2:
+        limit = ENDING_STALL_LIMIT if self.ending else STALL_LIMIT
+        if now - self._stalled_since < limit or self._subscriptions < 2:
             self._arm_within(_RETRY)
             return False
         self.socket.setsockopt(zmq.XPUB_NODROP, 0)
@@ -215,7 +202,6 @@ class Publisher(IOPubThread):
             self.socket.send_multipart(frames, zmq.NOBLOCK)
         finally:
             self.socket.setsockopt(zmq.XPUB_NODROP, 1)
-        self._stalled_since = None
         return True
 
     def _welcome_subscribers(self) -> bool:

@@ -16,7 +16,7 @@ import os
 import struct
 from typing import Any
 
-RING_SIZE = 4 * 1024 * 1024
+RING_SIZE = 3 * 1024 * 1024
 """Bytes that the ring holds: more than the kernel ever has on the way (its budget and its socket's queue)."""
 
 _HEADER_SIZE = 4096
