@@ -197,24 +197,27 @@ class ClientChannel:
     async def _pump(self) -> None:
         log = self._log
         while not log.closed:
-            after = self.cursor
-            batch = await log.read(after, max_bytes=BATCH_BYTES)
-            if self.cursor != after:
-                # Told to skip while it was read from disk.
-                continue
-            if len(batch) == 1 and isinstance(batch[0], Entry) and batch[0].size > BATCH_BYTES:
-                async with self._large.room(batch[0].size, self._cut):
-                    if self.cursor == after:
-                        await self._send(batch)
-            elif batch:
+            size = log.size_after(self.cursor)
+            if size > BATCH_BYTES:
+                # It has its room before it is read: each client that reads it from disk has a copy of its own.
+                async with self._large.room(size, self._cut):
+                    if log.size_after(self.cursor) <= size:
+                        await self._send(await self._read())
+            elif batch := await self._read():
                 await self._send(batch)
-            elif self._ending is not None:
+            elif self._ending is not None and self.cursor >= log.last:
                 self._socket.close(*self._ending)
                 return
             else:
                 self._waiting = True
-                await log.wait(after)
+                await log.wait(self.cursor)
                 self._waiting = False
+
+    async def _read(self) -> Sequence[Entry | Gap]:
+        """What comes next; nothing where it was told to skip while that was read from disk."""
+        after = self.cursor
+        batch = await self._log.read(after, max_bytes=BATCH_BYTES)
+        return batch if self.cursor == after else []
 
     def _cut(self) -> None:
         self.end(AGAIN_LATER, "The client takes a large message too slowly, and others wait.")

@@ -11,9 +11,8 @@ import msgspec
 
 from gateway.client_sessions import MAX_SESSION_ID, ClientSessions
 from gateway.kernel_requests import KernelRequest, KernelRequests
-from gateway.kernel_voice import KernelVoice
+from gateway.kernel_voice import KernelVoice, header_json
 from gateway.output_log import OutputLog
-from gateway.outputs import to_json
 from gateway.stream_limit import StreamLimit, beginning_of
 from gateway.websocket_frames import FrameError, header_of
 from kernelprovisioner.wire import Message, WireError
@@ -64,7 +63,9 @@ class KernelHearing:
             # Without a tag it answers the gateway's own calls: claims, probes, REST.
             if message.tag:
                 self._log.append(message.channel, message.parts, message.tag)
-                self._requests.replied(message.parent_id)
+                # A question on stdin is no answer: what asks it runs on.
+                if message.msg_type.endswith("_reply"):
+                    self._requests.replied(message.parent_id)
                 self._on_activity()
             return
         request = self._requests.find(message.parent_id)
@@ -156,7 +157,7 @@ class KernelHearing:
         header: Mapping[str, Any] = next((record["parent"] for record in reversed(unsent) if record.get("parent")), {})
         msg_id = header.get("msg_id")
         if isinstance(msg_id, str) and header.get("msg_type") == "execute_request":
-            self._name(self._requests.adopt(msg_id), to_json(header))
+            self._name(self._requests.adopt(msg_id), header_json(header))
 
     def _name(self, request: KernelRequest, header: bytes) -> None:
         """A cell of an earlier gateway has its header now: from here on its client is answered like any other."""

@@ -75,6 +75,8 @@ class KernelLife:
             self.sandboxes.attach(kernel, sandbox)
             self._became(kernel, IDLE)
             await self.sandboxes.recorded(kernel, sandbox)
+            if kernel.gone.done():
+                raise gone(kernel)
 
     def take_up(self, kernel: Kernel, sandbox: Sandbox) -> None:
         """As `attach`, for the sandbox of an earlier gateway's kernel: it may run a cell."""
@@ -240,7 +242,10 @@ class KernelLife:
         async with kernel.turn:
             if kernel.dead or kernel.gone.done():
                 return
-            kernel.channels.notice_to_each(text)
+            if kernel.channels.busy:
+                kernel.channels.tell_death(text, _ENAME, traceback=[f"{_ENAME}: {text}"])
+            else:
+                kernel.channels.notice_to_each(text)
             self.sandboxes.lose(kernel, exit_)
             await self._bury(kernel, exit_, text)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-#: What is remembered of one kernel at most; past it the oldest are forgotten.
+#: What is remembered of one kernel at most; past it the oldest that do not run are forgotten.
 MAX_REQUESTS = 2000
 MAX_HEADERS_BYTES = 4 * 1024 * 1024
 _NO_HEADER = b"{}"
@@ -114,7 +114,9 @@ class KernelRequests:
         self._requests[request.msg_id] = request
         self._bytes += len(request.header)
         while len(self._requests) > MAX_REQUESTS or self._bytes > MAX_HEADERS_BYTES:
-            self._forget(next(iter(self._requests)))
+            # What runs goes last: who sends more than fits sends it behind a cell that takes long.
+            others = (each for each in self._requests.values() if each is not request and (not each.begun or each.idle))
+            self._forget(next(others, next(iter(self._requests.values()))).msg_id)
 
     def _forget_if_over(self, request: KernelRequest) -> None:
         # Some kernels publish no status for requests on control: a reply without a busy status is all there is.

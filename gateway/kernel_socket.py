@@ -165,13 +165,14 @@ class KernelSocket:
         self._seen[key] = None
         await self._deliver(frame)
 
-    def pinged(self, payload: bytes) -> None:
-        """Note that all frames up to a number have come."""
+    def pinged(self, payload: bytes, *, first: bool) -> None:
+        """Note that all frames up to a number have come. `first`: nothing else has over this connection."""
         position = payload.decode("ascii", "replace")
-        # The first ping of a connection says where it starts: what came since then may come again.
         if position and position != self._position:
             self._position = position
-            self._seen.clear()
+            if not first:
+                # The first ping of a connection says where it starts: what came since then may come again.
+                self._seen.clear()
             self._numbered(payload)
 
     async def _send(self, connection: _Connection) -> None:
@@ -204,6 +205,8 @@ class _Connection(WebSocketClientConnection):
     def __init__(self, request: HTTPRequest, subprotocol: str, socket: KernelSocket) -> None:
         self.ended = asyncio.Event()
         self.heard = False
+        #: has been told where it starts
+        self.placed = False
         self.last_sign = asyncio.get_running_loop().time()
         self.delivery: asyncio.Task[None] | None = None
         self.failure: Exception | None = None
@@ -228,7 +231,8 @@ class _Connection(WebSocketClientConnection):
     def on_ping(self, data: bytes) -> None:
         """Tornado has answered it; all frames before it are delivered."""
         self._sign()
-        self._socket.pinged(data)
+        self._socket.pinged(data, first=not self.placed)
+        self.placed = True
 
     def on_ws_connection_close(self, close_code: int | None = None, close_reason: str | None = None) -> None:
         """Nothing comes any more."""

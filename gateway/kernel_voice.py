@@ -44,7 +44,7 @@ class KernelVoice:
         tag: bytes = b"",
     ) -> None:
         """Send a message to all clients, or to the one that `tag` names."""
-        raw = parent if isinstance(parent, bytes) else NO_PARENT if parent is None else to_json(parent)
+        raw = parent if isinstance(parent, bytes) else NO_PARENT if parent is None else header_json(parent)
         self._log.append(channel, self.parts(msg_type, content, raw), tag)
 
     def stderr(self, text: str, parent: bytes) -> None:
@@ -93,3 +93,11 @@ class KernelVoice:
         for request in requests:
             self.reply(request, {"status": "aborted", "ename": "Aborted", "evalue": why, "traceback": []})
             self.idle(request.header)
+
+
+def header_json(header: Mapping[str, Any]) -> bytes:
+    """A header as a sandbox told it, as JSON; none where it cannot be that: user code may have made it up."""
+    try:
+        return to_json(header)
+    except (ValueError, RecursionError):
+        return NO_PARENT

@@ -129,8 +129,9 @@ class KernelRegistry:
         """
         if self._life.sandboxes.closed.done():
             raise shutting_down()
-        await self._life.restart(kernel)
+        # From here on it is not forgotten for its death; should it fail, it has died anew.
         self._keep(kernel)
+        await self._life.restart(kernel)
 
     async def shutdown(self, kernel: Kernel) -> None:
         """End a kernel: its id is unknown at once, its sandbox is gone when this returns (or 30 s have passed)."""
@@ -210,12 +211,13 @@ class KernelRegistry:
 
     def _buried(self, kernel: Kernel) -> None:
         """A kernel is dead: it is told of for a while, unless there are too many."""
+        self._keep(kernel)
         self._expiries[kernel] = asyncio.get_running_loop().call_later(DEAD_SECONDS, self._forget, kernel)
         while len(self._expiries) > MAX_DEAD:
             self._forget(next(iter(self._expiries)))
 
     def _keep(self, kernel: Kernel) -> None:
-        """The kernel lives again."""
+        """The kernel lives again, or has died anew."""
         expiry = self._expiries.pop(kernel, None)
         if expiry is not None:
             expiry.cancel()

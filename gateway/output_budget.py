@@ -32,7 +32,7 @@ class OutputBudget:
     def __init__(self, *, memory_bytes: int, disk_bytes: int) -> None:
         """Half of `memory_bytes` is for what is kept, half for what waits to be written.
 
-        Each log may have one chunk beside that on its way to the disk, and an open one.
+        Each log may have what it writes at the moment beside that, at most half of its own memory, and an open chunk.
         """
         self._memory_bytes = memory_bytes
         self._disk_bytes = disk_bytes

@@ -166,7 +166,7 @@ class OutputLog:
         There may be more than are returned. Messages that were lost are told as one Gap, which comes alone.
         """
         while after < self._last and not self.closed:
-            chunk = self._chunks[bisect_right(self._chunks, after + 1, key=lambda chunk: chunk.first) - 1]
+            chunk = self._chunks[self._index(after + 1)]
             if chunk.lost:
                 count = chunk.last - after
                 return [Gap(after + 1, chunk.last, chunk.size * count // chunk.count)]
@@ -175,6 +175,13 @@ class OutputLog:
                 continue
             return _within(entries, after + 1 - chunk.first, max_bytes, max_entries)
         return []
+
+    def size_after(self, after: int) -> int:
+        """Return how many bytes of messages a `read` that begins there has in memory: one chunk's, or 0."""
+        if after >= self._last or self.closed:
+            return 0
+        chunk = self._chunks[self._index(after + 1)]
+        return 0 if chunk.lost else chunk.size
 
     async def wait(self, after: int) -> None:
         """Wait until there is an entry past number `after`, or the log is closed."""
@@ -316,7 +323,7 @@ class OutputLog:
             self._wait_for_disk(-chunk.cost)
         if chunk is self._open:
             self._open = None
-        at = bisect_right(self._chunks, chunk.first, key=lambda each: each.first) - 1
+        at = self._index(chunk.first)
         if self._chunks[at] is not chunk:
             return
         self.lost += chunk.count
@@ -329,6 +336,10 @@ class OutputLog:
                 left.count += right.count
                 left.size += right.size
                 del self._chunks[neighbour + 1]
+
+    def _index(self, number: int) -> int:
+        """Where the chunk stands that has this number."""
+        return bisect_right(self._chunks, number, key=lambda chunk: chunk.first) - 1
 
     def _drop(self, file: _File) -> None:
         self._use_disk(-file.used)

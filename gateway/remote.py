@@ -75,7 +75,7 @@ class RemoteKernelManager(AsyncKernelManager):
         self.kernel_id = str(model["id"])
 
     async def shutdown_kernel(self, now: bool = False, restart: bool = False) -> None:  # type: ignore[override]
-        """End the kernel. Where that fails it is only told: the gateway ends idle kernels by itself."""
+        """End the kernel. Where that fails it is only told: the run itself is over."""
         if not self.has_kernel:
             return
         try:

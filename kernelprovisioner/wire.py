@@ -176,7 +176,9 @@ class KernelWire:
         """
         connection = self._connection(channel)
         async with asyncio.timeout(timeout):
-            await connection.room.wait()
+            # Again, where others that waited as well have filled it at the same moment.
+            while not connection.room.is_set():
+                await connection.room.wait()
         self._connection(channel)
 
     def hold(self, channel: str, hold: bool) -> None:

@@ -130,7 +130,7 @@ def kernelspec_prefix() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def conformance_gateway(docker_url: str, kernel_image: str) -> Iterator[GatewayProcess]:
+def conformance_gateway(docker_url: str, kernel_image: str, created: set[str]) -> Iterator[GatewayProcess]:
     with tempfile.TemporaryDirectory(prefix="sv-", dir="/tmp") as directory:
         settings = {"CONTAINER_POOL_PY_MIN": "2", "CONTAINER_POOL_PY_MAX": "8"}
         process = GatewayProcess(Path(directory), docker_url, settings)

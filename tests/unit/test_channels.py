@@ -22,8 +22,9 @@ from gateway import client_channel
 from gateway.channel_bounds import ChannelBounds
 from gateway.channels import KernelChannels, Refused
 from gateway.client_channel import ClientChannel, ClientForm
+from gateway.large_frames import LargeFrames
 from gateway.output_budget import OutputBudget
-from gateway.output_log import OutputLog
+from gateway.output_log import Entry, OutputLog
 from gateway.websocket_frames import CHANNELS, V1, FrameError, decode, encode
 from kernelprovisioner.message import Listener, Message, WireError
 
@@ -445,6 +446,36 @@ async def test_a_message_that_ended_a_connection_twice_gives_way_to_a_notice() -
         assert client.told[1:] == ["stream after"]
 
 
+async def test_large_messages_are_read_from_disk_only_where_there_is_room_for_them(tmp_path: Path) -> None:
+    budget = OutputBudget(memory_bytes=4 * MIB, disk_bytes=64 * MIB)
+    log = OutputLog(tmp_path, memory_bytes=4 * MIB, disk_bytes=64 * MIB, budget=budget)
+    channels = KernelChannels(log, ChannelBounds(), LargeFrames(4 * MIB))
+    loaded = 0
+    run = budget.run
+
+    async def counted(call: Any) -> Any:
+        nonlocal loaded
+        found = await run(call)
+        loaded += isinstance(found, list) and isinstance(found[0], Entry)
+        return found
+
+    budget.run = counted  # type: ignore[method-assign]
+    try:
+        wire = attach(channels)
+        wire.says("display_data", {"data": "x" * 3 * MIB})
+        assert log._writer is not None
+        await log._writer
+        sockets = [connect(channels, f"page{number}", "0") for number in range(5)]
+        for socket in sockets:
+            socket.stalled = True
+        await asyncio.sleep(0.1)
+        assert sum(len(socket.frames) for socket in sockets) == 1
+        assert loaded == 1, "each of them would hold a copy of its own while it waits"
+    finally:
+        await channels.close(1001, "the test is over")
+        budget.close()
+
+
 async def test_restarting_is_said_once_to_each_client() -> None:
     async with the_channels() as channels:
         attach(channels)
@@ -607,6 +638,29 @@ async def test_a_death_is_told_where_it_happened_and_what_waited_is_answered() -
         assert not channels.busy
 
 
+@pytest.mark.parametrize("end", ["death", "restart"])
+async def test_a_cell_that_has_asked_its_user_something_is_answered_all_the_same(end: str) -> None:
+    async with the_channels() as channels:
+        wire = attach(channels)
+        page = connect(channels)
+        cell = await send(channels, page, code="input(); input()")
+        tag = wire.tag
+        # The two channels are not in order: the first question may come before the status.
+        wire.says("input_request", {"prompt": ""}, cell, channel="stdin", tag=tag)
+        wire.says("status", {"execution_state": "busy"}, cell)
+        wire.says("input_request", {"prompt": ""}, cell, channel="stdin", tag=tag)
+        if end == "death":
+            channels.tell_death("It ran out of memory.", "SandboxDied", traceback=[])
+        else:
+            channels.tell_restart()
+        await settle()
+        assert [told for told in page.told if told.startswith("execute_reply")] == [
+            "execute_reply error" if end == "death" else "execute_reply aborted"
+        ]
+        if end == "death":
+            assert "stream It ran out of memory." in page.told and "error" in page.told
+
+
 async def test_the_output_that_a_dead_kernel_had_not_sent_comes_before_the_cause() -> None:
     async with the_channels() as channels:
         wire = attach(channels)
@@ -625,6 +679,17 @@ async def test_the_output_that_a_dead_kernel_had_not_sent_comes_before_the_cause
         channels.tell_death("Killed.", "SandboxDied", traceback=[], unsent=unsent)
         await settle()
         assert client.told[1:4] == ["stream sent", "stream unsent", "stream Killed."]
+
+
+async def test_what_a_sandbox_makes_up_of_its_output_does_not_hide_its_death() -> None:
+    async with the_channels() as channels:
+        attach(channels, adopted=True)
+        page = connect(channels)
+        no_json = {"msg_id": "cell", "msg_type": "execute_request", "session": "\ud800", "x": float("inf")}
+        unsent = {"kind": "text", "name": "stdout", "text": "last words", "parent": no_json}
+        channels.tell_death("It ran out of memory.", "SandboxDied", traceback=[], unsent=[unsent])
+        await settle()
+        assert page.told[:2] == ["stream last words", "stream It ran out of memory."]
 
 
 async def test_nothing_older_comes_again_after_a_death_but_its_cause_does() -> None:

@@ -58,6 +58,18 @@ def test_requests_are_remembered_within_a_bound() -> None:
     assert sum(len(request.header) for request in requests.waiting) <= kernel_requests.MAX_HEADERS_BYTES
 
 
+def test_what_runs_is_not_forgotten_for_what_waits() -> None:
+    requests = KernelRequests()
+    sent(requests, "cell")
+    requests.began("cell", "execute_request", b"{}")
+    for number in range(kernel_requests.MAX_REQUESTS + 100):
+        sent(requests, f"r{number}")
+    assert requests.busy and requests.find("cell") is not None
+    for number in range(kernel_requests.MAX_REQUESTS + 100):
+        requests.began(f"b{number}", "execute_request", b"{}")
+    assert len(requests.running) + len(requests.waiting) == kernel_requests.MAX_REQUESTS
+
+
 def test_an_adopted_cell_gets_its_header_when_the_kernel_tells_it() -> None:
     requests = KernelRequests()
     requests.adopt("cell")

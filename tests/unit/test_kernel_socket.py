@@ -138,6 +138,29 @@ async def test_what_a_cut_took_comes_once() -> None:
     assert client.numbers == [b"e:0", b"e:1", b"e:4"]
 
 
+async def test_what_a_cut_took_comes_once_also_where_the_kernel_died_meanwhile() -> None:
+    async def first(handler: Handler) -> None:
+        handler.ping(b"old:1")
+        await handler.write_message(b"the cause", binary=True)
+        await asyncio.sleep(0.05)
+        handler.cut()
+
+    async def second(handler: Handler) -> None:
+        # A position of the kernel process before means all that came since it died.
+        handler.ping(b"new:1")
+        await handler.write_message(b"the cause", binary=True)
+        await handler.write_message(b"more", binary=True)
+        handler.ping(b"new:3")
+        handler.close(4410, "gone")
+
+    server = Server(first, second)
+    async with served(server) as request:
+        client = Client(request)
+        assert await client.run() == End(4410, "gone")
+    assert client.frames == [b"the cause", b"more"]
+    assert client.numbers == [b"old:1", b"new:1", b"new:3"]
+
+
 async def test_it_goes_on_from_a_position_that_it_is_given() -> None:
     async def script(handler: Handler) -> None:
         handler.close(1000, "replaced")

@@ -169,6 +169,25 @@ async def test_a_start_that_is_cancelled_as_it_succeeds_gives_its_sandbox_back()
         assert known.everything() == []
 
 
+async def test_a_kernel_that_is_ended_while_it_starts_is_not_said_to_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = asyncio.Event()
+
+    async def recorded(_: FakeSandbox) -> None:
+        await written.wait()
+
+    monkeypatch.setattr(FakeSandbox, "recorded", recorded)
+    pool = FakePool()
+    async with registry(pool) as known:
+        starting = asyncio.create_task(known.start("me", kernel_id=ID))
+        await until(lambda: known.list("me") and known.find("me", ID).sandbox is not None)
+        ending = asyncio.create_task(known.shutdown(known.find("me", ID)))
+        await asyncio.sleep(0)
+        written.set()
+        assert (await refused(starting)).status == HTTPStatus.NOT_FOUND
+        await ending
+        assert len(pool.released) == 1 and not known.list("me")
+
+
 async def test_a_restart_swaps_the_sandbox_in_this_order_and_two_at_once_are_one() -> None:
     pool = FakePool()
     async with registry(pool) as known:
@@ -216,6 +235,23 @@ async def test_a_restart_without_a_sandbox_leaves_a_dead_kernel_that_can_be_rest
         assert kernel.execution_state == "idle" and kernel.reason is None and kernel.channels is not old
         kernel.sandbox.die(ExitCause.EXITED)  # type: ignore[union-attr]
         await until(lambda: len(channels(kernel).attached) == 2)
+
+
+async def test_a_kernel_that_lives_again_is_not_forgotten_for_an_earlier_death(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "DEAD_SECONDS", 0.05)
+    pool = FakePool()
+    async with registry(pool) as known:
+        kernel = await known.start("me")
+        for _ in range(2):
+            pool.error = LaunchError("no engine")
+            await refused(known.restart(kernel))
+        pool.error, pool.gate = None, asyncio.Event()
+        restarting = asyncio.create_task(known.restart(kernel))
+        await asyncio.sleep(0.1)
+        pool.gate.set()
+        await restarting
+        await asyncio.sleep(0.1)
+        assert known.list("me") == [kernel], "its sandbox would have nobody who ends it"
 
 
 async def test_a_death_is_told_first_and_then_the_kernel_starts_again() -> None:
@@ -458,6 +494,16 @@ async def test_an_unused_kernel_is_culled_and_says_so() -> None:
         assert channels(kernel).calls[-3:] == [f"notice {kernel.reason}", "detach", "close 4410"]
         assert kernel.last_exit is not None and kernel.last_exit.cause is ExitCause.IDLE
         assert not used.dead
+
+
+async def test_what_runs_in_a_kernel_that_is_culled_is_answered() -> None:
+    pool = FakePool()
+    async with registry(pool, cull=CullBounds(idle_timeout=0.01, interval=0.01, busy=True)) as known:
+        kernel = await known.start("me")
+        kernel.execution_state, channels(kernel).busy = "busy", True
+        known.culling.start()
+        await until(lambda: kernel.dead)
+        assert channels(kernel).calls[-3:] == [f"death {kernel.reason}", "detach", "close 4410"]
 
 
 @given(

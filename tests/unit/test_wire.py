@@ -383,3 +383,39 @@ async def test_who_can_wait_waits_until_the_kernel_reads(tmp_path: Path) -> None
         await connected.close()
         with pytest.raises(WireError, match="closed"):
             await connected.room("shell", timeout=1)
+
+
+async def test_of_many_that_wait_for_room_one_goes_at_a_time(tmp_path: Path) -> None:
+    reads = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(zmtp.GREETING + zmtp.ready_command("ROUTER"))
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        await reads.wait()
+        writer.transport.resume_reading()  # type: ignore[attr-defined]
+        while await reader.read(2**20):
+            continue
+        writer.close()
+
+    server = await asyncio.start_unix_server(serve, tmp_path / "shell")
+    async with server:
+        connected = await KernelWire.connect(
+            {"shell": Endpoint(path=tmp_path / "shell")}, KEY, timeout=5, names=["shell"]
+        )
+        parts = [b"{}", b"{}", b"{}", b"{}", b"x" * 8_000_000]
+        most = 0
+
+        async def send() -> None:
+            nonlocal most
+            await connected.room("shell", timeout=10)
+            connected.forward("shell", parts, b"tag")
+            most = max(most, connected.unsent("shell"))
+
+        connected.forward("shell", parts, b"tag")
+        sending = [asyncio.create_task(send()) for _ in range(8)]
+        await asyncio.sleep(0.05)
+        reads.set()
+        # None is refused because others, who waited beside it, filled the room at the same moment.
+        await asyncio.gather(*sending)
+        assert most < 10_000_000
+        await connected.close()
