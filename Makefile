@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 INPUTS := pyproject.toml setup.py kernelprovisioner/kernelspecs.py
 ARGS   ?=
 # Two files at once: service tests mostly wait. More would be in the way of those that count seconds.
-BESIDE := -n 2 --dist loadfile
+BESIDE := -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
