@@ -27,7 +27,8 @@ def log_request(handler: RequestHandler) -> None:
 
 def shown_uri(uri: str | None) -> str:
     """`uri` with the values of such query arguments as may be secret left out, however their names are written."""
-    path, mark, query = (uri or "").partition("?")
+    # Where a client has encoded the mark, or sent a fragment, a key may follow all the same.
+    path, mark, query = (*re.split(r"(\?|%3[Ff]|#)", uri or "", maxsplit=1), "", "")[:3]
     # Some clients separate with ";".
     return path + mark + "".join(map(_shown, re.split(r"([&;])", query)))
 

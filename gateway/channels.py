@@ -50,10 +50,17 @@ class _Shutdown(msgspec.Struct):
 class KernelChannels:
     """The clients of one kernel, and the log that all of them read. Belongs to the loop that made it."""
 
-    def __init__(self, log: OutputLog, bounds: ChannelBounds, large: LargeFrames | None = None) -> None:
-        """`large` bounds what is on its way to the clients of all kernels that share it."""
+    def __init__(
+        self,
+        log: OutputLog,
+        bounds: ChannelBounds,
+        large: LargeFrames | None = None,
+        incoming: LargeFrames | None = None,
+    ) -> None:
+        """`large` bounds what is on its way to the clients of all kernels that share it, `incoming` what comes."""
         self.log = log
         self.bounds = bounds
+        self.incoming = incoming or LargeFrames()
         self._closing: tuple[int, str] | None = None
         #: told "busy" and "idle" when that changes
         self.on_status: Callable[[str], None] | None = None

@@ -25,7 +25,11 @@ class CorsPolicy:
         """Whether a request with these headers `Origin` and `Host` is served; those without Origin always are."""
         if origin is None or not self._restricted or self._names(origin):
             return True
-        return bool(host) and urlsplit(origin).netloc.lower() == str(host).lower()
+        try:
+            return bool(host) and urlsplit(origin).netloc.lower() == str(host).lower()
+        except ValueError:
+            # "http://[" is nobody's.
+            return False
 
     def headers(self, origin: str | None, *, authenticated: bool) -> dict[str, str]:
         """The headers of an answer to `origin`; `authenticated`: whether the request carried a valid token."""

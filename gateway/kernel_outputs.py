@@ -20,14 +20,14 @@ class KernelOutputs:
         self._bounds = bounds
         self._channel_bounds = channel_bounds
         self._directory = directory
-        self._large = LargeFrames()
+        self._large, self._incoming = LargeFrames(), LargeFrames()
         self._budget = OutputBudget(memory_bytes=bounds.all_memory, disk_bytes=bounds.all_disk)
 
     def channels(self) -> KernelChannels:
         """Those of a new kernel."""
         bounds = self._bounds
         log = OutputLog(self._directory, memory_bytes=bounds.memory, disk_bytes=bounds.disk, budget=self._budget)
-        return KernelChannels(log, self._channel_bounds, self._large)
+        return KernelChannels(log, self._channel_bounds, self._large, self._incoming)
 
     def close(self) -> None:
         """Close every log and end the threads that write."""

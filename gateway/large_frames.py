@@ -1,4 +1,4 @@
-"""LargeFrames: how many bytes of large messages may be on their way to clients at once, over all kernels."""
+"""LargeFrames: how many bytes of large messages may be on their way at once, over all kernels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ PATIENCE_SECONDS = 30.0
 
 
 @dataclass(eq=False)
-class _Sending:
+class Sending:
+    """A message that has its room."""
+
+    size: int
     since: float
     cut: Callable[[], None]
 
@@ -28,14 +31,22 @@ class LargeFrames:
         self._limit = limit
         self._patience = patience
         #: oldest first
-        self._sending: dict[_Sending, None] = {}
+        self._sending: dict[Sending, None] = {}
         #: held by the first of the line
         self._first = asyncio.Lock()
         self._freed = asyncio.Event()
 
     @asynccontextmanager
     async def room(self, size: int, cut: Callable[[], None]) -> AsyncIterator[None]:
-        """Wait for room, and have it until the message has left.
+        """Wait for room, and have it until the message has left; see `take`."""
+        sending = await self.take(size, cut)
+        try:
+            yield
+        finally:
+            self.give_back(sending)
+
+    async def take(self, size: int, cut: Callable[[], None]) -> Sending:
+        """Wait for room, and have it until it is given back.
 
         `cut` is called where others wait and it takes too long; who is cut leaves.
         """
@@ -50,11 +61,12 @@ class LargeFrames:
                 if oldest is not None and loop.time() - oldest.since > self._patience:
                     oldest.cut()
             self.used += size
-        sending = _Sending(loop.time(), cut)
+        sending = Sending(size, loop.time(), cut)
         self._sending[sending] = None
-        try:
-            yield
-        finally:
-            self.used -= size
-            del self._sending[sending]
-            self._freed.set()
+        return sending
+
+    def give_back(self, sending: Sending) -> None:
+        """The message has left, or never will."""
+        self.used -= sending.size
+        del self._sending[sending]
+        self._freed.set()

@@ -7,15 +7,15 @@ from http import HTTPStatus
 from typing import Any
 
 from tornado.iostream import StreamClosedError
-from tornado.websocket import WebSocketClosedError, WebSocketHandler, WebSocketProtocol13
+from tornado.websocket import WebSocketClosedError, WebSocketHandler, WebSocketProtocol, WebSocketProtocol13
 
+from gateway.bounded_websocket import INVALID, BoundedWebsocket
 from gateway.channels import KernelChannels, Refused
 from gateway.client_channel import ClientChannel, ClientForm
 from gateway.errors import RequestError
 from gateway.handlers.jupyter.base import JupyterHandler
 from gateway.websocket_frames import LEGACY, V1, FrameError
 
-INVALID = 1007
 #: What a close frame may have as its reason.
 _MAX_REASON = 123
 #: What Tornado's stream needs beside a message: the frame's head, and what it read beyond.
@@ -59,6 +59,12 @@ class ChannelsHandler(WebSocketHandler, JupyterHandler):
 
     def get_compression_options(self) -> dict[str, Any] | None:
         return {"compression_level": 1} if self._channels.bounds.compression else None
+
+    def get_websocket_protocol(self) -> WebSocketProtocol | None:
+        plain = super().get_websocket_protocol()
+        if not isinstance(plain, WebSocketProtocol13):
+            return plain
+        return BoundedWebsocket(self, plain, self._channels.incoming)
 
     def open(self, *_: str) -> None:
         """The websocket is open: the client gets what the log has for it."""

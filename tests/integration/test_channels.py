@@ -309,6 +309,24 @@ async def test_a_frame_that_is_cut_in_the_middle_ends_one_connection_only(gatewa
 
 
 @pytest.mark.limit(120)
+async def test_messages_that_are_never_finished_do_not_fill_the_memory(gateway: GatewayProcess) -> None:
+    async with a_kernel(gateway) as kernel:
+        client = await kernel.connect("one")
+        memory = gateway.memory()
+        unfinished = [await kernel.connect(f"half-{number}") for number in range(8)]
+        sending = []
+        for each in unfinished:
+            each.send_frame(BINARY, bytes(60 * 2**20), cut=58 * 2**20)
+            sending.append(asyncio.create_task(each.writer.drain()))
+        await asyncio.wait(sending, timeout=3)
+        assert gateway.memory() - memory < 350 * 2**20
+        await client.finish(client.execute("1"))
+        for each in unfinished:
+            each.reset()
+        await asyncio.gather(*sending, return_exceptions=True)
+        await client.finish(client.execute("x = '" + "x" * 2**20 + "'"))
+
+
 async def test_a_thousand_connections_leave_nothing(gateway: GatewayProcess) -> None:
     async with a_kernel(gateway) as kernel:
         await kernel.works()

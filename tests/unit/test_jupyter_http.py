@@ -353,6 +353,8 @@ async def test_tokens_come_in_headers_or_the_query_and_never_in_the_log(caplog: 
         ("/a?api_key=x&token&=&", "/a?api_key=[hidden]&token&=&"),
         ("/a?%2574oken=x", "/a?%2574oken=x"),
         ("/a?x=1?token=y", "/a?x=1?token=y"),
+        ("/a%3Ftoken=x&b=1", "/a%3Ftoken=[hidden]&b=1"),
+        ("/a#token=x", "/a#token=[hidden]"),
         (None, ""),
     ],
 )
@@ -389,6 +391,7 @@ async def test_any_page_that_knows_a_token_may_call_where_nothing_else_is_config
         (CorsPolicy("https://page.example"), "https://page.example", "https://page.example"),
         (CorsPolicy("https://page.example"), "https://page.example.org", None),
         (CorsPolicy("https://page.example"), "null", None),
+        (CorsPolicy("https://page.example"), "http://[", None),
         (CorsPolicy("", re.compile(r"https://.*\.example")), "https://page.example", "https://page.example"),
         (CorsPolicy("", re.compile(r"https://page")), "https://page.example", None),
     ],
