@@ -166,7 +166,7 @@ class KernelChannels:
         for record in remaining_output(tuple(dict(each) for each in unsent), set(self._hearing.stream_ids)):
             stream = {"name": record["name"], "text": record["text"]}
             self.publish("iopub", "stream", stream, parent=record.get("parent") or {})
-        if self._sessions.expecting and not self._requests.running:
+        if not self._requests.running:
             self._hearing.suppose(unsent)
         for request in self._requests.running:
             self._hearing.tell_cut(request.msg_id, request.header)

@@ -153,10 +153,16 @@ class KernelHearing:
             request.replied = True
 
     def suppose(self, unsent: Sequence[Mapping[str, Any]]) -> None:
-        """A kernel ended while no gateway listened: what it had begun last, by its unsent output, it may have run."""
+        """A kernel ended before it was heard what it runs: by its unsent output, that is what it had begun last."""
         header: Mapping[str, Any] = next((record["parent"] for record in reversed(unsent) if record.get("parent")), {})
         msg_id = header.get("msg_id")
-        if isinstance(msg_id, str) and header.get("msg_type") == "execute_request":
+        if not isinstance(msg_id, str) or header.get("msg_type") != "execute_request":
+            return
+        request = self._requests.find(msg_id)
+        if request is not None:
+            request.begun = True
+        elif self._sessions.expecting:
+            # An earlier gateway had sent it.
             self._name(self._requests.adopt(msg_id), header_json(header))
 
     def _name(self, request: KernelRequest, header: bytes) -> None:

@@ -107,7 +107,9 @@ def test_beside_a_gateway(docker_url: str, kernel_image: str, directory: Path) -
         assert code == 0, found
         assert "is served by Samovar" in found["port"]["text"]
         assert f"process {gateway.process.pid}" in found["claim socket"]["text"]
-        assert found["gateway"]["verdict"] == found["leftovers"]["verdict"] == "ok"
+        assert found["gateway"]["verdict"] == "ok"
+        # Other tests' gateways may die on this engine at the same time.
+        assert found["leftovers"]["verdict"] == "ok" or str(directory) not in str(found["leftovers"])
 
         assert gateway.exec("import os; os._exit(7)", "dies")["status"] == "died"
         exits = samovar(gateway, "logs", "--exits").stdout

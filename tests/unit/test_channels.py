@@ -692,6 +692,21 @@ async def test_what_a_sandbox_makes_up_of_its_output_does_not_hide_its_death() -
         assert page.told[:2] == ["stream last words", "stream It ran out of memory."]
 
 
+async def test_a_cell_that_kills_its_kernel_before_that_could_say_busy_is_no_waiting_one() -> None:
+    async with the_channels() as channels:
+        attach(channels)
+        page = connect(channels)
+        cell = await send(channels, page, code="os._exit(7)")
+        waiting = await send(channels, page, code="2")
+        begun = {"kind": "text", "name": "stdout", "text": "", "parent": cell}
+        channels.tell_death("It ended.", "SandboxDied", traceback=[], unsent=[begun])
+        await settle()
+        replies = {
+            parent["msg_id"]: content["status"] for channel, _, parent, content in page.messages if channel == "shell"
+        }
+        assert replies == {cell["msg_id"]: "error", waiting["msg_id"]: "aborted"}
+
+
 async def test_nothing_older_comes_again_after_a_death_but_its_cause_does() -> None:
     async with the_channels() as channels:
         wire = attach(channels)
