@@ -102,6 +102,11 @@ class KernelChannels:
         return self._requests.busy
 
     @property
+    def answering(self) -> bool:
+        """Whether the reply to something that has ended is still on its way."""
+        return self._requests.answering
+
+    @property
     def cell(self) -> CellReference | None:
         """The cell that the kernel runs."""
         cells = [request for request in self._requests.running if request.msg_type == "execute_request"]

@@ -58,6 +58,11 @@ class KernelRequests:
         """Whether the kernel works on something."""
         return any(request.begun and not request.idle for request in self._requests.values())
 
+    @property
+    def answering(self) -> bool:
+        """Whether a reply is on its way: the kernel is idle again, which comes by another socket."""
+        return any(request.begun and request.idle and not request.replied for request in self._requests.values())
+
     def find(self, msg_id: str) -> KernelRequest | None:
         """The request of that id, unless it is over."""
         return self._requests.get(msg_id)

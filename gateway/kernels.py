@@ -28,6 +28,8 @@ DEAD_SECONDS = 600.0
 MAX_DEAD = 1000
 #: What a client that gives up after KERNEL_LAUNCH_TIMEOUT seconds needs to get our answer before.
 _ANSWER_SECONDS = 5.0
+#: How long after its idle status the reply to a cell may come, in seconds, where the gateway stops.
+_LAST_REPLY_SECONDS = 2.0
 _SHUT_DOWN = "The kernel was shut down."
 
 
@@ -159,6 +161,11 @@ class KernelRegistry:
             await asyncio.gather(changed, return_exceptions=True)
         hurrying.cancel()
         await asyncio.gather(hurrying, return_exceptions=True)
+        last = asyncio.get_running_loop().time() + _LAST_REPLY_SECONDS
+        while any(kernel.channels.answering for kernel in self._kernels.values()) and not hurry.is_set():
+            if asyncio.get_running_loop().time() > last:
+                break
+            await asyncio.sleep(0.01)
 
     async def stop(self, timeout: float, *, keep: bool = False) -> None:
         """Tell all clients and hang up; `keep`: the kernels run on for the next gateway. At most `timeout` seconds.

@@ -125,6 +125,7 @@ class FakeChannels:
         self.on_shutdown_request: Callable[[bool], None] | None = None
         self.connections = 0
         self.busy = False
+        self.answering = False
         self.cell: CellReference | None = None
         self.attached: list[Any] = []
         self.calls: list[str] = []

@@ -681,6 +681,19 @@ async def test_the_output_that_a_dead_kernel_had_not_sent_comes_before_the_cause
         assert client.told[1:4] == ["stream sent", "stream unsent", "stream Killed."]
 
 
+async def test_a_cell_is_not_over_before_its_reply_is_there() -> None:
+    async with the_channels() as channels:
+        wire = attach(channels)
+        page = connect(channels)
+        cell = await send(channels, page, code="1")
+        wire.says("status", {"execution_state": "busy"}, cell)
+        assert channels.busy and not channels.answering
+        wire.says("status", {"execution_state": "idle"}, cell)
+        assert channels.answering and not channels.busy
+        wire.says("execute_reply", {"status": "ok"}, cell, channel="shell", tag=page.client.session.tag)
+        assert not channels.answering
+
+
 async def test_what_a_sandbox_makes_up_of_its_output_does_not_hide_its_death() -> None:
     async with the_channels() as channels:
         attach(channels, adopted=True)

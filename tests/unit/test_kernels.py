@@ -422,6 +422,17 @@ async def test_a_stop_waits_for_cells_and_then_tells_them() -> None:
         assert len(pool.made) == 2
 
 
+async def test_a_stop_waits_for_the_reply_that_comes_behind_the_idle_status() -> None:
+    async with registry(FakePool()) as known:
+        told = channels(await known.start("me"))
+        told.answering = True
+        draining = asyncio.create_task(known.drain(5.0, asyncio.Event()))
+        await asyncio.sleep(0.05)
+        assert not draining.done()
+        told.answering = False
+        await draining
+
+
 async def test_a_kernel_that_dies_while_the_gateway_stops_is_not_started_again() -> None:
     pool = FakePool()
     async with registry(pool) as known:
