@@ -42,6 +42,7 @@ class DeathNotice:
         self._context = zmq.asyncio.Context(io_threads=1)
         self._tasks: list[asyncio.Task[None]] = []
         self._subscribed = asyncio.Event()
+        self._told: set[str] = set()
         try:
             self._shell = self._bind(zmq.ROUTER, directory / "k-1")
             self._iopub = self._bind(zmq.XPUB, directory / "k-2")
@@ -51,10 +52,16 @@ class DeathNotice:
             self._context.destroy(linger=0)
             raise
 
-    async def tell(self, running: Sequence[RunningCell], unsent: Sequence[dict[str, Any]]) -> None:
+    async def tell(
+        self,
+        running: Sequence[RunningCell],
+        unsent: Sequence[dict[str, Any]] = (),
+        unheard: Sequence[RunningCell] = (),
+    ) -> None:
         """Tell the death to those who wait; call it once the endpoints are where clients look for them.
 
-        `unsent`: output that its kernel could not send any more, as {"name", "text", "parent"}.
+        `unheard`: requests that may have died with the kernel; who sent none ignores what he is told. `unsent`: output
+        that its kernel could not send any more, as {"name", "text", "parent"}.
         """
         loop = asyncio.get_running_loop()
         latest = loop.time() + _LATEST_SECONDS
@@ -69,6 +76,8 @@ class DeathNotice:
         if not running:
             await self._publish("stream", {"name": "stderr", "text": self._text + "\n"}, {})
         for cell in running:
+            await self._tell_cell(cell, latest)
+        for cell in unheard:
             await self._tell_cell(cell, latest)
         for socket in (self._shell, self._control):
             self._tasks.append(loop.create_task(self._answer(socket)))
@@ -100,6 +109,7 @@ class DeathNotice:
 
     async def _tell_cell(self, cell: RunningCell, latest: float) -> None:
         error = self._error()
+        self._told.add(str(cell.header.get("msg_id")))
         await self._publish("stream", {"name": "stderr", "text": self._text + "\n"}, cell.header)
         await self._publish("error", error, cell.header)
         reply = {"status": "error", "execution_count": cell.execution_count or 0, "user_expressions": {}, **error}
@@ -122,6 +132,8 @@ class DeathNotice:
                 identities, frames = self._session.feed_identities(await socket.recv_multipart())
                 request = self._session.deserialize(frames)
                 header = request["header"]
+                if header["msg_id"] in self._told:
+                    continue
                 await self._publish("status", {"execution_state": "busy"}, header)
                 msg_type = str(header["msg_type"])
                 if msg_type == "execute_request":

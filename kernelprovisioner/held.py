@@ -211,21 +211,21 @@ class OwnSandbox:
             await sandboxes.start()
             request = LaunchRequest(secrets.token_hex(8), image, wanted.mount)
             sandbox = await sandboxes.launch(request, timeout=min(wanted.timeout, _LAUNCH_SECONDS))
-            await sandbox.claim(
-                ClaimRequest(
-                    wanted.kernel_id,
-                    wanted.key,
-                    allowed_in(image, wanted.env),
-                    session_name=wanted.session_name,
-                    notice=wanted.notice,
-                    hold_ms=wanted.hold_ms,
-                )
+            claim = ClaimRequest(
+                wanted.kernel_id,
+                wanted.key,
+                allowed_in(image, wanted.env),
+                session_name=wanted.session_name,
+                notice=wanted.notice,
+                hold_ms=wanted.hold_ms,
             )
+            try:
+                await sandbox.claim(claim)
+            except ClaimError as error:
+                raise LaunchError(await sandbox.with_cause(error)) from None
             await sandbox.hand_over()
-        except BaseException as error:
+        except BaseException:
             await sandboxes.stop()
-            if isinstance(error, ClaimError):
-                raise LaunchError(str(error)) from None
             raise
         return cls(sandboxes, sandbox)
 

@@ -191,12 +191,13 @@ class KernelHolder:
         """Tell the death over the kernel's own endpoints; where that fails, `poll` still reports it."""
         monitor = self._monitor
         running = monitor.running(ending.unsent) if monitor is not None else []
+        unheard = monitor.unheard() if monitor is not None else []
         unsent = remaining_output(ending.unsent, monitor.received if monitor is not None else set())
         try:
             directory = self._own_directory()
             self._notice = DeathNotice(directory, self._key, ending.exit)
             self._point_to(directory)
-            await self._notice.tell(running, unsent)
+            await self._notice.tell(running, unsent, unheard)
         except (OSError, RuntimeDirectoryError, ValueError) as error:
             _log.error("the kernel's death could not be told at its endpoints: %s", error)
 

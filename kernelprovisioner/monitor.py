@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from kernelprovisioner.wire import KernelWire, Message, WireError
 _TOPICS = (b"kernel.", b"stream.")
 _MAX_RUNNING = 64
 _MAX_REMEMBERED = 4096
+#: So does jupyter_client's `Session` number its messages: session, process, number.
+_NUMBERED = re.compile(r"(.+_[0-9]+_)([0-9]{1,12})")
 #: Kernels' ids have some fifty characters; one that user code forged is not remembered.
 _MAX_ID = 256
 
@@ -45,6 +48,8 @@ class KernelMonitor:
         self._running: OrderedDict[str, RunningCell] = OrderedDict()
         self._streams: OrderedDict[str, None] = OrderedDict()
         self._ended: OrderedDict[str, None] = OrderedDict()
+        #: the last request of each sender who numbers them
+        self._senders: OrderedDict[str, tuple[int, dict[str, Any]]] = OrderedDict()
         wire.on_other = self._heard
 
     @classmethod
@@ -69,6 +74,18 @@ class KernelMonitor:
                     cells.setdefault(msg_id, RunningCell(header))
         return list(cells.values())
 
+    def unheard(self) -> list[RunningCell]:
+        """The next request of each sender who has no cell that runs, as its header would be.
+
+        A kernel that died may have taken it along before it said anything of it; only its sender knows.
+        """
+        waiting = {str(cell.header.get("session")) for cell in self._running.values()}
+        return [
+            RunningCell({**header, "msg_id": f"{prefix}{number + 1}", "msg_type": "execute_request"})
+            for prefix, (number, header) in self._senders.items()
+            if str(header.get("session")) not in waiting
+        ]
+
     @property
     def received(self) -> set[str]:
         """Ids of the last stream messages that arrived."""
@@ -91,12 +108,25 @@ class KernelMonitor:
             self._streams[message.msg_id] = None
             if len(self._streams) > _MAX_REMEMBERED:
                 self._streams.popitem(last=False)
-        elif message.parent_header.get("msg_type") != "execute_request":
             return
-        elif message.msg_type == "status":
+        if message.msg_type == "status":
+            self._note_sender(message)
+        if message.parent_header.get("msg_type") != "execute_request":
+            return
+        if message.msg_type == "status":
             self._note_status(message, message.content_as(_Status).execution_state)
         elif message.msg_type == "execute_input" and message.parent_id in self._running:
             self._running[message.parent_id].execution_count = message.content_as(_Input).execution_count
+
+    def _note_sender(self, message: Message) -> None:
+        numbered = _NUMBERED.fullmatch(message.parent_id)
+        if numbered is None:
+            return
+        prefix, number = numbered[1], int(numbered[2])
+        last, _ = self._senders.pop(prefix, (-1, None))
+        self._senders[prefix] = (max(last, number), message.parent_header)
+        if len(self._senders) > _MAX_RUNNING:
+            self._senders.popitem(last=False)
 
     def _note_status(self, message: Message, state: str) -> None:
         if state == "busy":

@@ -270,7 +270,8 @@ class SandboxPool:
                     raise ClaimError(f"sandbox {sandbox.id} died while it was claimed")
             except ClaimError as error:
                 if attempt == _CLAIM_ATTEMPTS:
-                    raise LaunchError(f"{attempt} sandboxes in a row could not be claimed: {error}") from error
+                    why = await sandbox.with_cause(error)
+                    raise LaunchError(f"{attempt} sandboxes in a row could not be claimed: {why}") from error
                 logger.warning("pool %s: %s; trying the next one", self.image.name, error)
                 self._handle(ClaimFailed(number))
             else:

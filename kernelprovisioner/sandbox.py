@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 _CLAIM_SECONDS = 5.0
 _LAST_USE_SECONDS = 10.0
+#: What ended a sandbox is known a little later than that it does not answer.
+_CAUSE_SECONDS = 6.0
 
 _log = logging.getLogger(__name__)
 
@@ -187,6 +189,13 @@ class Sandbox:
             self.wire.unlisten(msg_id)
             reply.cancel()
         self._note_claim(request)
+
+    async def with_cause(self, error: ClaimError) -> str:
+        """Return what a claim failed of, and what the sandbox died of where it did: that is known a little later."""
+        if not self.wire.closed.done():
+            return str(error)
+        await first_of(self.exited, timeout=_CAUSE_SECONDS)
+        return f"{error}: {self.exited.result()}" if self.exited.done() else str(error)
 
     async def probe(self, *, timeout: float) -> Probe:
         """Ask the kernel what it does; it answers beside a cell that runs. Raises ProbeError after `timeout` seconds.

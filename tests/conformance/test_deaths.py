@@ -69,6 +69,25 @@ def test_killed_from_outside(place: Place) -> None:
     assert told - killed[0] < LIMIT
 
 
+def test_killed_before_it_could_say_that_it_has_the_cell(place: Place) -> None:
+    # The kernel stands still, so that its death takes along a request that nobody else knows of.
+    stop = "import os, subprocess\nsubprocess.Popen(['sh', '-c', f'sleep 0.3; kill -STOP {os.getpid()}'])"
+    book = notebook(stop, "print('never')")
+
+    def wait(cell: nbformat.NotebookNode, cell_index: int) -> None:
+        if cell_index == 1:
+            time.sleep(1.0)
+
+    def kill(cell: nbformat.NotebookNode, cell_index: int) -> None:
+        if cell_index == 1:
+            with contextlib.closing(docker.DockerClient(base_url=place.docker_url, timeout=30)) as engine:
+                engine.containers.get(client.km.provisioner.container_id).kill()
+
+    client = NotebookClient(book, kernel_name="sandbox", timeout=60, on_cell_execute=wait, on_cell_complete=kill)
+    with pytest.raises(CellExecutionError, match="killed or removed from outside"):
+        client.execute(cwd=str(place.directory))
+
+
 @contextlib.contextmanager
 def killed_when_it_says_ready(place: Place) -> Iterator[list[float]]:
     """`docker kill` the newest sandbox that runs in this place once its cell has begun; gives the time of it."""

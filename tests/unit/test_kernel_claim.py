@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +16,7 @@ from kernelprovisioner.images import KernelImage
 from kernelprovisioner.launchers.base import Launched
 from kernelprovisioner.launchers.configurable import ipc_endpoints
 from kernelprovisioner.sandbox import ClaimError, ClaimRequest, Sandbox, SandboxState
+from kernelprovisioner.sandbox_exit import ExitCause, SandboxExit
 from kernelprovisioner.sandboxes import Sandboxes
 from kernelprovisioner.supervisor import SupervisorClient
 from kernelprovisioner.wire import KernelWire
@@ -102,6 +106,28 @@ async def test_who_claims_hears_why_it_was_refused(short_directory: Path) -> Non
         try:
             with pytest.raises(ClaimError, match=r"refused its claim: env: 'a=b' cannot be"):
                 await sandbox.claim(ClaimRequest("id", b"new", {"a=b": "c"}))
+        finally:
+            await wire.close()
+
+
+async def test_who_claims_a_dying_sandbox_hears_of_what_it_died(short_directory: Path) -> None:
+    channels, supervisor = ipc_endpoints(short_directory / "r")
+    launched = Launched("0" * 16, IMAGE, "process:1", short_directory, "/", KEY, TOKEN, supervisor, channels)
+    cause = SandboxExit(ExitCause.REMOVED)
+    with LocalSandbox(short_directory) as local:
+        wire = await KernelWire.connect(channels, KEY, timeout=15)
+        sandbox = Sandbox(launched, cast(SupervisorClient, None), wire, cast(Sandboxes, None))
+        sandbox.state = SandboxState.WARM
+        try:
+            os.kill(local.hello["pid"], signal.SIGSTOP)
+            claim = asyncio.ensure_future(sandbox.claim(ClaimRequest("id", b"new", {})))
+            await asyncio.sleep(0.1)
+            local.process.kill()
+            with pytest.raises(ClaimError) as error:
+                await claim
+            # The cause is known a little later than the death.
+            asyncio.get_running_loop().call_later(0.1, sandbox.exited.set_result, cause)
+            assert await sandbox.with_cause(error.value) == f"{error.value}: {cause}"
         finally:
             await wire.close()
 

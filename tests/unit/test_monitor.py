@@ -78,3 +78,29 @@ def test_ids_of_no_kernel_are_not_remembered(heard: Heard) -> None:
     wire.says("stream", {}, "x" * 60_000)
     wire.says("status", {"execution_state": "busy"}, parent={**CELL, "msg_id": "x" * 60_000})
     assert monitor.received == set() and monitor.running() == []
+
+
+def test_it_knows_the_next_request_of_those_who_number_theirs(heard: Heard) -> None:
+    wire, monitor, _ = heard
+    for sender, number in (("a", 1), ("a", 2), ("b_7", 9)):
+        parent = {"msg_id": f"{sender}_77_{number}", "msg_type": "kernel_info_request", "session": sender}
+        wire.says("status", {"execution_state": "idle"}, parent=parent)
+    wire.says("status", {"execution_state": "busy"}, parent={**CELL, "msg_id": "a uuid", "session": "c"})
+    told = {cell.header["msg_id"]: cell.header for cell in monitor.unheard()}
+    assert set(told) == {"a_77_3", "b_7_77_10"}
+    assert (told["a_77_3"]["session"], told["a_77_3"]["msg_type"]) == ("a", "execute_request")
+
+
+def test_who_waits_for_a_cell_that_runs_sent_no_other_one(heard: Heard) -> None:
+    wire, monitor, _ = heard
+    wire.says("status", {"execution_state": "busy"}, parent={**CELL, "msg_id": "s_1_4"})
+    assert not monitor.unheard()
+    wire.says("status", {"execution_state": "idle"}, parent={**CELL, "msg_id": "s_1_4"})
+    assert [cell.header["msg_id"] for cell in monitor.unheard()] == ["s_1_5"]
+
+
+def test_senders_are_bounded(heard: Heard) -> None:
+    wire, monitor, _ = heard
+    for sender in range(1000):
+        wire.says("status", {"execution_state": "idle"}, parent={"msg_id": f"{sender}_1_1", "session": str(sender)})
+    assert len(monitor.unheard()) <= 64

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import datetime
@@ -43,6 +44,9 @@ class FakeSandbox:
     async def claim(self, request: ClaimRequest) -> None:
         self.claims.append(request.kernel_id)
         await self._engine.on_claim(self)
+
+    async def with_cause(self, error: ClaimError) -> str:
+        return f"{error}: {self.exited.result()}" if self.exited.done() else str(error)
 
     async def probe(self, *, timeout: float) -> None:
         self.probes += 1
@@ -298,6 +302,18 @@ async def test_a_request_that_no_sandbox_accepts_ends_after_three() -> None:
         with pytest.raises(LaunchError, match="3 sandboxes in a row could not be claimed: refused its claim"):
             await pool.claim("ada", ask())
         assert len(engine.claim_errors) == 6
+
+
+async def test_claims_that_fail_by_deaths_tell_what_of() -> None:
+    async with a_pool(min=1) as (pool, engine):
+        cause = SandboxExit(ExitCause.OUT_OF_MEMORY)
+
+        async def die(sandbox: FakeSandbox) -> None:
+            sandbox.exited.set_result(cause)
+
+        engine.on_claim = die  # type: ignore[method-assign]
+        with pytest.raises(LaunchError, match=f"died while it was claimed: {re.escape(str(cause))}"):
+            await pool.claim("ada", ask())
 
 
 async def test_a_sandbox_that_dies_while_it_is_claimed_is_not_handed_out() -> None:
