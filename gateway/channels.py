@@ -20,7 +20,7 @@ from gateway.large_frames import LargeFrames
 from gateway.output_log import OutputLog
 from gateway.stream_limit import StreamLimit
 from gateway.websocket_frames import Header, decode, header_of
-from kernelprovisioner.sandbox import Sandbox
+from kernelprovisioner.sandbox import EndedCell, Sandbox
 from kernelprovisioner.sandbox_exit import CellReference
 from kernelprovisioner.supervisor import remaining_output
 from kernelprovisioner.wire import WireError, first_of
@@ -186,6 +186,11 @@ class KernelChannels:
             client.skip(self.log.last)
         self._voice.restart(self._requests)
         self._forget_requests()
+
+    def make_up(self, ended: Sequence[EndedCell]) -> None:
+        """Answer cells that ended unheard; a client that has its answer already ignores another one."""
+        for cell in ended:
+            self._hearing.make_up(cell)
 
     def follow(self, msg_id: str) -> None:
         """An adopted kernel runs this cell."""

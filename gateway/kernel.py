@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import msgspec
 
 from gateway.notebook_session import NotebookSession
-from kernelprovisioner.sandbox import Sandbox
+from kernelprovisioner.sandbox import EndedCell, Sandbox
 from kernelprovisioner.sandbox_exit import CellReference, SandboxExit
 
 #: the kind of a record's holder that is one of these
@@ -58,6 +58,8 @@ class Channels(Protocol):
     ) -> None: ...
 
     def tell_restart(self) -> None: ...
+
+    def make_up(self, ended: Sequence[EndedCell]) -> None: ...
 
     def follow(self, msg_id: str) -> None: ...
 

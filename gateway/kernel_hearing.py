@@ -9,16 +9,19 @@ from typing import Any
 
 import msgspec
 
+from gateway.client_channel import ClientSession
 from gateway.client_sessions import MAX_SESSION_ID, ClientSessions
 from gateway.kernel_requests import KernelRequest, KernelRequests
 from gateway.kernel_voice import KernelVoice, header_json
 from gateway.output_log import OutputLog
 from gateway.stream_limit import StreamLimit, beginning_of
 from gateway.websocket_frames import FrameError, header_of
+from kernelprovisioner.sandbox import EndedCell
 from kernelprovisioner.wire import Message, WireError
 
 #: A dead kernel's unsent output is told from what has come by the ids of so many messages.
 _REMEMBERED_STREAM_MESSAGES = 4096
+_REMEMBERED_ANSWERS = 64
 _MISSED = "[samovar: the gateway was restarted while this cell ran: what it wrote in the meantime is lost]"
 _log = logging.getLogger(__name__)
 
@@ -49,6 +52,8 @@ class KernelHearing:
         self.stream_ids: deque[str] = deque(maxlen=_REMEMBERED_STREAM_MESSAGES)
         #: the client session of the gateway's own requests
         self.own_session = ""
+        #: cells of an earlier gateway whose answer was made up
+        self._made_up: deque[str] = deque(maxlen=_REMEMBERED_ANSWERS)
         self._log = log
         self._requests = requests
         self._sessions = sessions
@@ -151,6 +156,19 @@ class KernelHearing:
                 self._voice.stderr(_MISSED, request.header)
             self._voice.orphan(request, request.tag)
             request.replied = True
+            self._made_up.append(request.msg_id)
+
+    def make_up(self, cell: EndedCell) -> None:
+        """Answer a cell that ended before anybody listened, unless it was heard to end."""
+        msg_id = cell.header.get("msg_id")
+        if not isinstance(msg_id, str) or msg_id in self._made_up or self._requests.find(msg_id) is not None:
+            return
+        header = header_json(cell.header)
+        session = self._client_of(header)
+        if session is not None:
+            if cell.status != "aborted":
+                self._voice.stderr(_MISSED, header)
+            self._voice.ended(cell, header, session.tag)
 
     def suppose(self, unsent: Sequence[Mapping[str, Any]]) -> None:
         """A kernel ended before it was heard what it runs: by its unsent output, that is what it had begun last."""
@@ -168,12 +186,15 @@ class KernelHearing:
     def _name(self, request: KernelRequest, header: bytes) -> None:
         """A cell of an earlier gateway has its header now: from here on its client is answered like any other."""
         self._requests.name(request, header)
-        if request.tag is not None:
-            return
-        try:
-            session_id = header_of([request.header]).session
-        except FrameError:
-            return
-        if 0 < len(session_id) <= MAX_SESSION_ID and session_id != self.own_session:
-            session = self._sessions.find(session_id) or self._sessions.add(session_id)
+        if request.tag is None and (session := self._client_of(request.header)) is not None:
             request.tag, request.replied = session.tag, False
+
+    def _client_of(self, header: bytes) -> ClientSession | None:
+        """The client that has sent the request of this header, who may be on the way back."""
+        try:
+            session_id = header_of([header]).session
+        except FrameError:
+            return None
+        if not 0 < len(session_id) <= MAX_SESSION_ID or session_id == self.own_session:
+            return None
+        return self._sessions.find(session_id) or self._sessions.add(session_id)

@@ -177,11 +177,11 @@ class KernelLife:
 
     async def _ask(self, kernel: Kernel, sandbox: Sandbox) -> None:
         """Find out whether a kernel that was taken up runs a cell, and when that ends: nobody gets its reply."""
-        followed = ""
+        followed, told = "", False
         over = sandbox.exited, kernel.gone, self.sandboxes.closed
         while kernel.sandbox is sandbox and not any(each.done() for each in over):
             try:
-                running = (await sandbox.probe(timeout=_PROBE_SECONDS)).running
+                probe = await sandbox.probe(timeout=_PROBE_SECONDS)
             except ProbeError as error:
                 # Code that does not let go of the interpreter lock: then something runs.
                 _log.debug("kernel %s does not say what it runs: %s", kernel.id, error)
@@ -189,6 +189,10 @@ class KernelLife:
             else:
                 if kernel.sandbox is not sandbox:
                     return
+                running = probe.running
+                if not told:
+                    told = True
+                    kernel.channels.make_up(probe.ended)
                 if running is not None and not followed:
                     followed = running
                     kernel.channels.follow(followed)

@@ -10,6 +10,7 @@ from typing import Any
 from gateway.kernel_requests import KernelRequest, KernelRequests
 from gateway.output_log import OutputLog
 from gateway.outputs import to_json
+from kernelprovisioner.sandbox import EndedCell
 
 #: the parent header of a message that answers nothing
 NO_PARENT = b"{}"
@@ -88,6 +89,17 @@ class KernelVoice:
             content |= {"status": "error", "ename": "", "evalue": "", "traceback": []}
         content |= {"user_expressions": {}, "payload": []}
         self.publish("shell", "execute_reply", content, request.header, tag)
+
+    def ended(self, cell: EndedCell, header: bytes, tag: bytes) -> None:
+        """Answer a cell that ended while no gateway was there."""
+        content: dict[str, Any] = {"status": cell.status, "execution_count": cell.execution_count}
+        if cell.status == "error":
+            error = {"ename": cell.ename, "evalue": cell.evalue, "traceback": cell.traceback}
+            self.publish("iopub", "error", error, header)
+            content |= error
+        content |= {"user_expressions": {}, "payload": []}
+        self.publish("shell", "execute_reply", content, header, tag)
+        self.idle(header)
 
     def _abort(self, requests: Sequence[KernelRequest], why: str) -> None:
         for request in requests:

@@ -10,9 +10,9 @@ import os
 import signal
 import stat
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -63,18 +63,32 @@ class ProbeError(Exception):
     """A sandbox did not answer a probe, or not with what is one."""
 
 
+class EndedCell(msgspec.Struct):
+    """How a cell ended: its request's header and what its reply said."""
+
+    header: dict[str, str | int | float | bool | None]
+    status: Literal["ok", "error", "aborted"]
+    execution_count: int | None = None
+    ename: str = ""
+    evalue: str = ""
+    traceback: list[str] = []
+
+
 @dataclass(frozen=True)
 class Probe:
-    """What a kernel says of itself: the msg_id of the cell that runs now, and its next execution count."""
+    """What a kernel says of itself: the cell that runs (msg_id), its next count, the cells that ended unheard."""
 
     running: str | None
     execution_count: int
+    ended: Sequence[EndedCell] = ()
 
 
 class _ProbeReply(msgspec.Struct):
     status: str
     execution_count: int
     running: str | None = None
+    #: an older image's kernel does not tell
+    ended: list[EndedCell] = []
 
 
 @dataclass(frozen=True)
@@ -211,7 +225,7 @@ class Sandbox:
             raise ProbeError(f"sandbox {self.id} could not be probed: {error}") from None
         if reply.status != "ok":
             raise ProbeError(f"sandbox {self.id} refused a probe")
-        return Probe(reply.running, reply.execution_count)
+        return Probe(reply.running, reply.execution_count, reply.ended)
 
     async def hand_over(self) -> None:
         """Close our own shell, iopub and stdin channels: somebody else talks to the kernel directly now."""

@@ -15,6 +15,7 @@ from ipykernel.ipkernel import IPythonKernel
 from traitlets import Type
 
 from samovar_kernel.claim import Claim, ClaimRefused, requested_key
+from samovar_kernel.ended import EndedCells
 from samovar_kernel.history import keep_in_memory
 from samovar_kernel.publisher import Publisher
 from samovar_kernel.rehearsal import rehearse
@@ -38,6 +39,7 @@ class SandboxKernel(IPythonKernel):
         self.control_handlers["samovar_probe_request"] = self.samovar_probe_request
         # the cells that run, each by its msg_id: more than one where there are subshells
         self._running: dict[str, None] = {}
+        self._ended = EndedCells()
         self._claim: Claim | None = None
         self._notice: str | None = None
         self._hold: float = 0.0
@@ -70,18 +72,24 @@ class SandboxKernel(IPythonKernel):
         self._claim = claim
         self.iopub_thread.flush()
         self.iopub_thread.output.forget()
+        self._ended.clear()
         self._notice = claim.notice
         self._hold = claim.hold
         session.key = claim.key
         session.send(stream, "samovar_claim_reply", {"status": "ok"}, parent, ident)
 
     async def samovar_probe_request(self, stream: Any, ident: Any, parent: dict[str, Any]) -> None:
-        """Say which cell runs. A kernel that nobody has claimed yet is kept from going cold."""
+        """Say which cell runs and which ended unheard. A kernel that nobody has claimed yet is kept from going cold."""
         session, shell = self.session, self.shell
         if session is None or shell is None:
             return
         running = next(iter(self._running.copy()), None)
-        content = {"status": "ok", "running": running, "execution_count": shell.execution_count}
+        content = {
+            "status": "ok",
+            "running": running,
+            "execution_count": shell.execution_count,
+            "ended": self._ended.missed(self.iopub_thread.left_at),
+        }
         session.send(stream, "samovar_probe_reply", content, parent, ident)
         if self._claim is None:
             # in the thread that will run the cells, after the answer: a claim that comes now waits for nothing
@@ -171,7 +179,14 @@ class SandboxKernel(IPythonKernel):
             # it came in the code around the cell's own
             reply = await run(_INTERRUPT, silent, *args, **kwargs)
         publisher.output.finish_pipes()
+        if not silent:
+            self._ended.add(self.get_parent("shell")["header"], reply)
         return reply
+
+    def _send_abort_reply(self, stream: Any, msg: dict[str, Any], idents: Any) -> None:
+        super()._send_abort_reply(stream, msg, idents)
+        if msg["header"]["msg_type"] == "execute_request":
+            self._ended.add(msg["header"], {"status": "aborted"})
 
     def _note_interrupt(self, *_: Any) -> None:
         self._interrupted_early = True

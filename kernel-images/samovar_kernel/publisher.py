@@ -73,6 +73,8 @@ class Publisher(IOPubThread):
         self._unsent: list[Any] | None = None
         self._stalled_since: float | None = None
         self._subscriptions = 0
+        #: when the last subscriber left
+        self.left_at: float | None = None
         self._welcomes: list[str] = []
         self._interrupted = False
         self._main = threading.main_thread().ident
@@ -218,6 +220,8 @@ class Publisher(IOPubThread):
             event = self.socket.recv(zmq.NOBLOCK)
             if event[:1] == b"\x00":
                 self._subscriptions -= 1
+                if not self._subscriptions:
+                    self.left_at = time.monotonic()
             elif event[:1] == b"\x01":
                 self._subscriptions += 1
                 try:

@@ -601,6 +601,10 @@ async def test_a_gateway_client_of_jupyter_server_gets_a_notice_in_place_of_what
 # --- gateways that go
 
 
+def replies_to(cell: str, messages: list[Got]) -> list[Got]:
+    return [each for each in messages if each.msg_type == "execute_reply" and each.parent["msg_id"] == cell]
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.limit(120)
 async def test_a_client_of_a_gateway_that_was_restarted_gets_the_rest_and_a_reply(
@@ -630,7 +634,43 @@ async def test_a_client_of_a_gateway_that_was_restarted_gets_the_rest_and_a_repl
             got = await again.finish(cell, 30)
             printed = text_of(got, cell).split()
             assert printed and printed == [str(i) for i in range(int(printed[0]), 100)]
-            assert [each.content["status"] for each in got if each.msg_type == "execute_reply"] == ["ok"]
+            assert [each.content["status"] for each in replies_to(cell, got)] == ["ok"]
+            cell = again.execute("print(kept + 1)")
+            assert text_of(await again.finish(cell), cell) == "42\n"
+    finally:
+        await asyncio.to_thread(gateway.stop)
+
+
+@pytest.mark.limit(120)
+async def test_cells_that_end_while_no_gateway_is_there_are_answered_by_the_next_one(short_directory: Path) -> None:
+    settings = {
+        "SAMOVAR_LAUNCHER": "process",
+        "SAMOVAR_POOL_SETTINGS_MIN_SIZE": "1",
+        "SAMOVAR_KEEP_SANDBOXES": "true",
+    }
+    gateway = GatewayProcess(short_directory, None, settings=settings)
+    await asyncio.to_thread(gateway.start)
+    try:
+        async with a_kernel(gateway) as kernel:
+            client = await kernel.connect("page")
+            cells = [
+                client.execute("import time; time.sleep(2); kept = 41"),
+                client.execute("1 / 0"),
+                client.execute("print('never')"),
+            ]
+            await kernel.state("busy")
+            assert gateway.process is not None
+            gateway.process.kill()
+            await asyncio.to_thread(gateway.process.wait, 20)
+            await asyncio.sleep(3.0)
+            await asyncio.to_thread(gateway.start)
+            again = await kernel.connect("page")
+            got = await again.finish(cells[-1], 30)
+            replies = {cell: replies_to(cell, got)[0].content for cell in cells}
+            assert [replies[cell]["status"] for cell in cells] == ["ok", "error", "aborted"]
+            assert replies[cells[1]]["ename"] == "ZeroDivisionError"
+            assert "lost" in text_of(got, cells[0], "stderr")
+            assert any("ZeroDivisionError" in line for line in replies[cells[1]]["traceback"])
             cell = again.execute("print(kept + 1)")
             assert text_of(await again.finish(cell), cell) == "42\n"
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from gateway.idempotency import KeyedCalls
 from gateway.sessions import SessionRegistry
 from kernelprovisioner.pool import PoolClaim
 from kernelprovisioner.pool_events import Source
-from kernelprovisioner.sandbox import ClaimRequest, Probe
+from kernelprovisioner.sandbox import ClaimRequest, EndedCell, Probe
 from kernelprovisioner.sandbox_exit import CellReference, ExitCause, SandboxExit
 from kernelprovisioner.standing import Standing
 from kernelprovisioner.supervisor import KernelExit
@@ -76,13 +76,14 @@ class FakeSandbox:
         self.holder: dict[str, Any] = {}
         #: what it says it runs when it is asked, first to last; after that nothing
         self.probes: list[str | Exception | None] = []
+        self.ended: list[EndedCell] = []
 
     async def probe(self, *, timeout: float) -> Probe:
         await asyncio.sleep(0)
         answer = self.probes.pop(0) if self.probes else None
         if isinstance(answer, Exception):
             raise answer
-        return Probe(answer, 2)
+        return Probe(answer, 2, self.ended)
 
     async def recorded(self) -> None:
         await asyncio.sleep(0)
@@ -146,6 +147,9 @@ class FakeChannels:
 
     def tell_restart(self) -> None:
         self.calls.append("restart")
+
+    def make_up(self, ended: Sequence[EndedCell]) -> None:
+        self.calls += [f"make up {cell.header['msg_id']}" for cell in ended]
 
     def follow(self, msg_id: str) -> None:
         self.calls.append(f"follow {msg_id}")

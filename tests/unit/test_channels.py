@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,6 +28,7 @@ from gateway.output_budget import OutputBudget
 from gateway.output_log import Entry, OutputLog
 from gateway.websocket_frames import CHANNELS, V1, FrameError, decode, encode
 from kernelprovisioner.message import Listener, Message, WireError
+from kernelprovisioner.sandbox import EndedCell
 
 MIB = 1024 * 1024
 _numbers = itertools.count(1)
@@ -860,6 +862,43 @@ async def test_a_cell_whose_kernel_died_while_no_gateway_was_there_is_told_so() 
         await settle()
         assert {each["msg_id"] for _, _, each, _ in client.messages} == {"cell"}
         assert [told.split()[0] for told in client.told] == ["stream", "stream", "error", "execute_reply", "status"]
+
+
+async def test_cells_that_ended_while_no_gateway_was_there_are_answered() -> None:
+    def ended(msg_id: str, status: str, session: object = "page", **fields: Any) -> EndedCell:
+        header = {"msg_id": msg_id, "msg_type": "execute_request", "session": session}
+        return msgspec.convert({"header": header, "status": status, "execution_count": 4, **fields}, EndedCell)
+
+    async with the_channels() as channels:
+        wire = attach(channels, adopted=True)
+        heard = {"msg_id": "heard", "msg_type": "execute_request", "session": "page"}
+        for state in ("busy", "idle"):
+            wire.says("status", {"execution_state": state}, heard)
+        runs = {"msg_id": "runs", "msg_type": "execute_request", "session": "page"}
+        wire.says("status", {"execution_state": "busy"}, runs)
+        raised = {"ename": "E", "evalue": "why", "traceback": ["E: why"]}
+        channels.make_up(
+            [
+                ended("good", "ok"),
+                ended("bad", "error", **raised),
+                ended("skipped", "aborted"),
+                *(ended(each, "ok") for each in ("heard", "runs")),
+                *(ended("nobody's", "ok", session) for session in (None, "", "x" * 10_000, wire.session)),
+            ]
+        )
+        client = connect(channels, "page")
+        await settle()
+        replies = {parent["msg_id"]: content for channel, _, parent, content in client.messages if channel == "shell"}
+        assert {msg_id: reply["status"] for msg_id, reply in replies.items()} == {
+            "heard": "ok",
+            "good": "ok",
+            "bad": "error",
+            "skipped": "aborted",
+        }
+        assert replies["bad"]["traceback"] == ["E: why"] and replies["good"]["execution_count"] == 4
+        errors = [parent["msg_id"] for _, header, parent, _ in client.messages if header["msg_type"] == "error"]
+        missed = [parent["msg_id"] for _, header, parent, _ in client.messages if header["msg_type"] == "stream"]
+        assert (errors, missed) == (["bad"], ["good", "bad"])
 
 
 async def test_an_adopted_cell_whose_end_nobody_heard_ends_when_the_kernel_says_so() -> None:

@@ -181,6 +181,7 @@ def test_a_probe_answers_beside_a_running_cell_and_nobody_sees_it(short_director
             "status": "ok",
             "running": None,
             "execution_count": 1,
+            "ended": [],
         }
         sandbox.run("None", silent=True, store_history=False)
         sandbox.claim()
@@ -200,6 +201,27 @@ def test_a_probe_answers_beside_a_running_cell_and_nobody_sees_it(short_director
         assert probes == []
         after = sandbox.ask("control", "samovar_probe_request", {})
         assert (after["running"], after["execution_count"]) == (None, 2)
+
+
+def test_a_probe_tells_the_cells_that_ended_when_nobody_listened(short_directory: Path) -> None:
+    def ended() -> list[tuple[str, str, str]]:
+        cells = sandbox.ask("control", "samovar_probe_request", {})["ended"]
+        return [(cell["header"]["msg_id"], cell["status"], cell.get("ename", "")) for cell in cells]
+
+    with LocalSandbox(short_directory) as sandbox:
+        sandbox.open()
+        sandbox.run("None", silent=True, store_history=False)
+        sandbox.claim()
+        sandbox.run("1")
+        assert ended() == []
+        time.sleep(1.1)  # what ends shortly before the last listener leaves is in doubt
+        cells = [sandbox.start_cell(code) for code in ("import time; time.sleep(0.5)", "1 / 0", "print()")]
+        sandbox.sockets["iopub"].close()
+        deadline = time.monotonic() + 10
+        while (found := ended())[-1:] != [(cells[2], "aborted", "")]:
+            assert time.monotonic() < deadline, found
+            time.sleep(0.05)
+        assert found[:-1] == [(cells[0], "ok", ""), (cells[1], "error", "ZeroDivisionError")]
 
 
 def test_a_warm_kernel_that_was_probed_has_nothing_to_show_for_it(short_directory: Path) -> None:

@@ -31,7 +31,7 @@ from gateway.sessions import SessionRegistry
 from kernelprovisioner.images import read_images
 from kernelprovisioner.launchers.base import LaunchError
 from kernelprovisioner.pool import PoolFull
-from kernelprovisioner.sandbox import ProbeError
+from kernelprovisioner.sandbox import EndedCell, ProbeError
 from kernelprovisioner.sandbox_exit import CellReference, ExitCause, SandboxExit
 from tests.unit.gateway_fakes import FakeChannels, FakePool, FakeSandbox
 
@@ -466,12 +466,14 @@ async def test_what_a_kernel_that_was_taken_up_runs_is_followed_to_its_end(
     async with registry(FakePool()) as known:
         sandbox: Any = FakeSandbox(0, lambda *_: None)
         sandbox.probes = list(probes)
+        ended = EndedCell({"msg_id": "y"}, "ok")
+        sandbox.ended = [ended]
         kernel = Kernel("me", ID, "sandbox", "python", FakeChannels())
         known.restore(kernel, sandbox)
         assert known.find("me", ID) is kernel and kernel.execution_state == "starting"
         await until(lambda: kernel.execution_state == "idle")
         follows = ["follow x", "follow no more x"] if "x" in probes else []
-        assert channels(kernel).calls == ["attach sandbox0", *follows]
+        assert channels(kernel).calls == ["attach sandbox0", "make up y", *follows]
 
 
 async def test_a_kernel_whose_sandbox_an_earlier_gateway_lost_is_dead_and_can_be_restarted() -> None:
