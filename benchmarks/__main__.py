@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks import crowd, idle, latency, memory, recovery, refill, relay, starts
+from benchmarks import crowd, idle, latency, memory, page, recovery, refill, relay, starts
 from benchmarks.figures import Quantity, figure
 from benchmarks.levels import Level, summary
 from benchmarks.load import CLIENTS, LEVEL_SECONDS
@@ -26,7 +26,7 @@ from benchmarks.stage import Stage
 from gateway import __version__
 from tests.services import URL_VARIABLE
 
-SECTIONS = ("latency", "starts", "pool", "load", "idle", "recovery", "relay")
+SECTIONS = ("latency", "starts", "pool", "load", "idle", "recovery", "relay", "page")
 #: The pool that a burst and a refill meet.
 _WARM = 10
 _IDLE_MEMBERS = 6
@@ -91,6 +91,9 @@ def measure(stage: Stage, arguments: argparse.Namespace, sections: set[str]) -> 
             quantities, samples = relay.measure(stage, gateway, arguments.rounds // 4, arguments.idle)
             found.quantities += quantities
             found.samples |= samples
+    if "page" in sections:
+        with stage.gateway(2, 8) as (gateway, rest):
+            found.quantities += page.measure(stage, gateway, rest)
     return found
 
 
