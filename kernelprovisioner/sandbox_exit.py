@@ -107,7 +107,7 @@ class SandboxExit:
         limit, peak = self.evidence.get("limit_mb"), self.evidence.get("peak_mb")
         if limit is None:
             return ""
-        return f" (limit {limit} MB, peak {peak} MB)" if peak is not None else f" (limit {limit} MB)"
+        return f" (limit {limit} MiB, peak {peak} MiB)" if peak is not None else f" (limit {limit} MiB)"
 
 
 def _duration(seconds: float) -> str:

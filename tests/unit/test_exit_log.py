@@ -77,7 +77,7 @@ def test_one_line_says_all_of_it(caplog: pytest.LogCaptureFixture) -> None:
     ExitLog().add(entry(ExitCause.REQUESTED))
     first, second = caplog.records
     assert first.getMessage() == (
-        "sandbox a1 of python ended while cell 3 ran: The kernel ran out of memory (limit 64 MB, peak 63 MB) and was"
+        "sandbox a1 of python ended while cell 3 ran: The kernel ran out of memory (limit 64 MiB, peak 63 MiB) and was"
         " killed."
     )
     assert (first.levelname, second.levelname) == ("WARNING", "INFO")

@@ -264,7 +264,7 @@ async def test_a_death_is_told_first_and_then_the_kernel_starts_again() -> None:
         pool.made[0].die(ExitCause.OUT_OF_MEMORY, evidence={"limit_mb": 64})
         await until(lambda: told.calls[-1:] == ["iopub status idle"])
         assert told.calls == [
-            "death The kernel ran out of memory (limit 64 MB) and was killed.",
+            "death The kernel ran out of memory (limit 64 MiB) and was killed.",
             "detach",
             "iopub status restarting",
             "attach sandbox1",

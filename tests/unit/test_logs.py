@@ -18,7 +18,7 @@ EXIT = {
     "time": "2026-03-02T09:00:00.000+00:00",
     "level": "INFO",
     "logger": "pool",
-    "message": "sandbox 0123456789abcdef of python ended: The kernel ran out of memory (limit 512 MB) and was killed.",
+    "message": "sandbox 0123456789abcdef of python ended: The kernel ran out of memory (limit 512 MiB) and was killed.",
     "event": "exit",
     "sandbox": "0123456789abcdef",
     "session": "11111111-2222-3333-4444-555555555555",
