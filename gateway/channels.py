@@ -192,11 +192,15 @@ class KernelChannels:
         for cell in ended:
             self._hearing.make_up(cell)
 
-    def follow(self, msg_id: str) -> None:
-        """An adopted kernel runs this cell."""
-        if self._requests.find(msg_id) is None:
-            self._requests.adopt(msg_id)
+    def follow(self, msg_id: str, execution_count: int | None = None) -> None:
+        """An adopted kernel runs this cell, which has that number."""
+        request = self._requests.find(msg_id)
+        if request is None:
+            request = self._requests.adopt(msg_id)
             self._tell_status()
+        # Who heard only the rest of the cell did not hear it.
+        if request.execution_count is None:
+            request.execution_count = execution_count
 
     def follow_no_more(self, msg_id: str) -> None:
         """It runs it no more, also where nobody heard it end."""

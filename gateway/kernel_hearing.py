@@ -9,10 +9,9 @@ from typing import Any
 
 import msgspec
 
-from gateway.client_channel import ClientSession
 from gateway.client_sessions import MAX_SESSION_ID, ClientSessions
 from gateway.kernel_requests import KernelRequest, KernelRequests
-from gateway.kernel_voice import KernelVoice, header_json
+from gateway.kernel_voice import TO_ALL, KernelVoice, header_json
 from gateway.output_log import OutputLog
 from gateway.stream_limit import StreamLimit, beginning_of
 from gateway.websocket_frames import FrameError, header_of
@@ -154,7 +153,7 @@ class KernelHearing:
         if request.orphaned and request.tag is not None and not request.replied:
             if request.missed:
                 self._voice.stderr(_MISSED, request.header)
-            self._voice.orphan(request, request.tag)
+            self._voice.orphan(request)
             request.replied = True
             self._made_up.append(request.msg_id)
 
@@ -164,11 +163,10 @@ class KernelHearing:
         if not isinstance(msg_id, str) or msg_id in self._made_up or self._requests.find(msg_id) is not None:
             return
         header = header_json(cell.header)
-        session = self._client_of(header)
-        if session is not None:
+        if self._is_of_a_client(header):
             if cell.status != "aborted":
                 self._voice.stderr(_MISSED, header)
-            self._voice.ended(cell, header, session.tag)
+            self._voice.ended(cell, header)
 
     def suppose(self, unsent: Sequence[Mapping[str, Any]]) -> None:
         """A kernel ended before it was heard what it runs: by its unsent output, that is what it had begun last."""
@@ -186,15 +184,13 @@ class KernelHearing:
     def _name(self, request: KernelRequest, header: bytes) -> None:
         """A cell of an earlier gateway has its header now: from here on its client is answered like any other."""
         self._requests.name(request, header)
-        if request.tag is None and (session := self._client_of(request.header)) is not None:
-            request.tag, request.replied = session.tag, False
+        if request.tag is None and self._is_of_a_client(request.header):
+            request.tag, request.replied = TO_ALL, False
 
-    def _client_of(self, header: bytes) -> ClientSession | None:
-        """The client that has sent the request of this header, who may be on the way back."""
+    def _is_of_a_client(self, header: bytes) -> bool:
+        """Whether a request was a client's of an earlier gateway, not that gateway's own."""
         try:
-            session_id = header_of([header]).session
+            session = header_of([header]).session
         except FrameError:
-            return None
-        if not 0 < len(session_id) <= MAX_SESSION_ID or session_id == self.own_session:
-            return None
-        return self._sessions.find(session_id) or self._sessions.add(session_id)
+            return False
+        return 0 < len(session) <= MAX_SESSION_ID and session != self.own_session

@@ -195,7 +195,7 @@ class KernelLife:
                     kernel.channels.make_up(probe.ended)
                 if running is not None and not followed:
                     followed = running
-                    kernel.channels.follow(followed)
+                    kernel.channels.follow(followed, probe.running_count)
                     # Asked again at once: it may have ended before it was followed.
                     continue
                 if running is None or running != followed:

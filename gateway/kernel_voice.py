@@ -14,6 +14,9 @@ from kernelprovisioner.sandbox import EndedCell
 
 #: the parent header of a message that answers nothing
 NO_PARENT = b"{}"
+#: the tag of what all clients get. A reply to a cell of an earlier gateway: behind a proxy, messages have another
+#: session than the websocket that they come by, so that nobody knows whose it is
+TO_ALL = b""
 _PROTOCOL_VERSION = "5.4"
 
 
@@ -42,7 +45,7 @@ class KernelVoice:
         msg_type: str,
         content: Mapping[str, Any],
         parent: Mapping[str, Any] | bytes | None = None,
-        tag: bytes = b"",
+        tag: bytes = TO_ALL,
     ) -> None:
         """Send a message to all clients, or to the one that `tag` names."""
         raw = parent if isinstance(parent, bytes) else NO_PARENT if parent is None else header_json(parent)
@@ -82,15 +85,15 @@ class KernelVoice:
         """Answer what ran and what waited in a kernel that is given up for a new one."""
         self._abort([*requests.running, *requests.waiting], "The kernel was restarted.")
 
-    def orphan(self, request: KernelRequest, tag: bytes) -> None:
+    def orphan(self, request: KernelRequest) -> None:
         """Answer a cell whose own reply went to a gateway that is no more, as far as its outputs tell how it ended."""
         content: dict[str, Any] = {"status": "ok", "execution_count": request.execution_count}
         if request.failed:
             content |= {"status": "error", "ename": "", "evalue": "", "traceback": []}
         content |= {"user_expressions": {}, "payload": []}
-        self.publish("shell", "execute_reply", content, request.header, tag)
+        self.publish("shell", "execute_reply", content, request.header, TO_ALL)
 
-    def ended(self, cell: EndedCell, header: bytes, tag: bytes) -> None:
+    def ended(self, cell: EndedCell, header: bytes) -> None:
         """Answer a cell that ended while no gateway was there."""
         content: dict[str, Any] = {"status": cell.status, "execution_count": cell.execution_count}
         if cell.status == "error":
@@ -98,7 +101,7 @@ class KernelVoice:
             self.publish("iopub", "error", error, header)
             content |= error
         content |= {"user_expressions": {}, "payload": []}
-        self.publish("shell", "execute_reply", content, header, tag)
+        self.publish("shell", "execute_reply", content, header, TO_ALL)
         self.idle(header)
 
     def _abort(self, requests: Sequence[KernelRequest], why: str) -> None:

@@ -76,17 +76,20 @@ class EndedCell(msgspec.Struct):
 
 @dataclass(frozen=True)
 class Probe:
-    """What a kernel says of itself: the cell that runs (msg_id), its next count, the cells that ended unheard."""
+    """What a kernel says of itself. `execution_count` is that of the next cell, `ended` the cells that ended unheard."""
 
+    #: msg_id and number of the cell that runs
     running: str | None
     execution_count: int
     ended: Sequence[EndedCell] = ()
+    running_count: int | None = None
 
 
 class _ProbeReply(msgspec.Struct):
     status: str
     execution_count: int
     running: str | None = None
+    running_count: int | None = None
     #: an older image's kernel does not tell
     ended: list[EndedCell] = []
 
@@ -225,7 +228,7 @@ class Sandbox:
             raise ProbeError(f"sandbox {self.id} could not be probed: {error}") from None
         if reply.status != "ok":
             raise ProbeError(f"sandbox {self.id} refused a probe")
-        return Probe(reply.running, reply.execution_count, reply.ended)
+        return Probe(reply.running, reply.execution_count, reply.ended, reply.running_count)
 
     async def hand_over(self) -> None:
         """Close our own shell, iopub and stdin channels: somebody else talks to the kernel directly now."""

@@ -37,8 +37,8 @@ class SandboxKernel(IPythonKernel):
         super().__init__(**kwargs)
         self.control_handlers["samovar_claim_request"] = self.samovar_claim_request
         self.control_handlers["samovar_probe_request"] = self.samovar_probe_request
-        # the cells that run, each by its msg_id: more than one where there are subshells
-        self._running: dict[str, None] = {}
+        # the cells that run, each by its msg_id, and their numbers: more than one where there are subshells
+        self._running: dict[str, int | None] = {}
         self._ended = EndedCells()
         self._claim: Claim | None = None
         self._notice: str | None = None
@@ -83,10 +83,11 @@ class SandboxKernel(IPythonKernel):
         session, shell = self.session, self.shell
         if session is None or shell is None:
             return
-        running = next(iter(self._running.copy()), None)
+        running, count = next(iter(self._running.copy().items()), (None, None))
         content = {
             "status": "ok",
             "running": running,
+            "running_count": count,
             "execution_count": shell.execution_count,
             "ended": self._ended.missed(self.iopub_thread.left_at),
         }
@@ -156,6 +157,10 @@ class SandboxKernel(IPythonKernel):
             self._running.pop(msg_id, None)
             if argv is not None:
                 sys.argv = previous
+
+    def _publish_execute_input(self, code: str, parent: dict[str, Any], execution_count: int) -> None:
+        self._running[str(parent["header"].get("msg_id"))] = execution_count
+        super()._publish_execute_input(code, parent, execution_count)
 
     async def do_execute(self, code: str, silent: bool, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Run a cell's code. All it printed is queued, in order, when this returns."""

@@ -38,6 +38,7 @@ class Lab:
     server: JupyterLab
     #: between the page and JupyterLab; and, over HTTP, between JupyterLab and the gateway
     legs: list[CuttableProxy]
+    gateway: GatewayProcess | None
 
     @property
     def root(self) -> Path:
@@ -76,6 +77,7 @@ def lab(request: pytest.FixtureRequest, docker_url: str, kernel_image: str) -> I
         root = directory / "work"
         root.mkdir()
         runtime, legs, arguments = directory / "run", [], []
+        gateway = None
         kernelspecs.install(prefix=str(directory / "prefix"))
         if way != "alone":
             bounds = {"CONTAINER_POOL_PY_MIN": "1", "CONTAINER_POOL_PY_MAX": "4"}
@@ -83,7 +85,7 @@ def lab(request: pytest.FixtureRequest, docker_url: str, kernel_image: str) -> I
             stack.callback(gateway.stop)
             gateway.start()
             runtime = gateway.runtime
-        if way.startswith("remote"):
+        if gateway is not None and way.startswith("remote"):
             legs.append(stack.enter_context(CuttableProxy(gateway.port)))
             arguments = [f"--gateway-url=http://127.0.0.1:{legs[0].port}", f"--GatewayClient.auth_token={gateway.key}"]
             arguments += [OUR_CONNECTION] if way == "remote" else []
@@ -93,7 +95,7 @@ def lab(request: pytest.FixtureRequest, docker_url: str, kernel_image: str) -> I
         stack.callback(server.stop)
         server.start()
         legs.insert(0, stack.enter_context(CuttableProxy(server.port)))
-        yield Lab(way, server, legs)
+        yield Lab(way, server, legs, gateway)
 
 
 @pytest.fixture

@@ -6,6 +6,8 @@ import base64
 import json
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from playwright.sync_api import expect
@@ -56,6 +58,12 @@ try:
 except KeyboardInterrupt:
     x += 1"""
 FOR_EVER = "print('round and round', flush=True)\nwhile True: time.sleep(0.05)"
+KILLED = (
+    "import time\nkept = 41\nprint('ready')",
+    "for number in range(40): print('tick', number, flush=True); time.sleep(0.1)\nprint('all told')",
+    "print('begun', flush=True)\ntime.sleep(2)\nkept += 1",
+    "print('kept', kept)",
+)
 EAT = "kept = [bytearray(16 << 20) for _ in range(9999)]"
 
 
@@ -183,3 +191,38 @@ def test_a_new_notebook_that_eats_all_memory(lab: Lab, notebook: NotebookPage) -
     notebook.add_cell()
     notebook.type(2, "6 * 9")
     assert notebook.run(2) == "54"
+
+
+def test_the_gateway_is_killed_under_an_open_page(lab: Lab, notebook: NotebookPage) -> None:
+    """While a cell prints, and while one ends before the next gateway is there: the page gets both replies."""
+    write_notebook(lab.root / "killed.ipynb", *KILLED)
+    notebook.open("killed.ipynb")
+    assert notebook.run(0) == "ready"
+
+    notebook.start(1)
+    notebook.wait_for_text(1, "tick 5")
+    with the_gateway_away(lab):
+        pass
+    notebook.wait_for_text(1, "all told")
+    expect(notebook.cell(1).locator(".jp-InputPrompt")).to_have_text("[2]:")
+
+    notebook.start(2)
+    notebook.wait_for_text(2, "begun")
+    with the_gateway_away(lab):
+        time.sleep(3.0)
+    expect(notebook.cell(2).locator(".jp-InputPrompt")).to_have_text("[3]:")
+    assert "begun" in notebook.text(2)
+    notebook.screenshot("gateway-was-killed")
+    assert notebook.run(3) == "kept 42"
+
+
+@contextmanager
+def the_gateway_away(lab: Lab) -> Iterator[None]:
+    """Kill the gateway, where there is one, and start the next one in the end."""
+    if lab.gateway is not None:
+        assert lab.gateway.process is not None
+        lab.gateway.process.kill()
+        lab.gateway.process.wait()
+    yield
+    if lab.gateway is not None:
+        lab.gateway.start()

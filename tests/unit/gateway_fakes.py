@@ -151,7 +151,7 @@ class FakeChannels:
     def make_up(self, ended: Sequence[EndedCell]) -> None:
         self.calls += [f"make up {cell.header['msg_id']}" for cell in ended]
 
-    def follow(self, msg_id: str) -> None:
+    def follow(self, msg_id: str, execution_count: int | None = None) -> None:
         self.calls.append(f"follow {msg_id}")
 
     def follow_no_more(self, msg_id: str) -> None:

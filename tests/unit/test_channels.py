@@ -810,7 +810,7 @@ async def test_the_client_of_an_adopted_cell_gets_a_reply_that_is_made_up() -> N
         wire = attach(channels, adopted=True)
         page = {"msg_id": "cell", "msg_type": "execute_request", "session": "page"}
         queued = {"msg_id": "next", "msg_type": "execute_request", "session": "page"}
-        channels.follow("cell")
+        channels.follow("cell", 7)
         assert channels.busy
         wire.prints("more", page)
         wire.says("error", {"ename": "E", "evalue": "", "traceback": []}, page)
@@ -823,11 +823,11 @@ async def test_the_client_of_an_adopted_cell_gets_a_reply_that_is_made_up() -> N
         client = connect(channels, "page")
         await settle()
         replies = [
-            (parent["msg_id"], content["status"])
+            (parent["msg_id"], content["status"], content["execution_count"])
             for channel, _, parent, content in client.messages
             if channel == "shell"
         ]
-        assert replies == [("cell", "error"), ("next", "ok")]
+        assert replies == [("cell", "error", 7), ("next", "ok", None)]
         assert client.told[0] == "stream more"
         assert not channels.busy
 

@@ -180,6 +180,7 @@ def test_a_probe_answers_beside_a_running_cell_and_nobody_sees_it(short_director
         assert sandbox.ask("control", "samovar_probe_request", {}) == {
             "status": "ok",
             "running": None,
+            "running_count": None,
             "execution_count": 1,
             "ended": [],
         }
@@ -188,7 +189,7 @@ def test_a_probe_answers_beside_a_running_cell_and_nobody_sees_it(short_director
         cell = sandbox.start_cell("import time; time.sleep(1); print('done')")
         sandbox.receive("iopub", lambda message: message["msg_type"] == "execute_input")
         during = sandbox.ask("control", "samovar_probe_request", {})
-        assert (during["running"], during["status"]) == (cell, "ok")
+        assert (during["running"], during["running_count"], during["status"]) == (cell, 1, "ok")
         probes: list[str] = []
 
         def is_last(message: dict[str, Any]) -> bool:
