@@ -76,9 +76,11 @@ class EndedCell(msgspec.Struct):
 
 @dataclass(frozen=True)
 class Probe:
-    """What a kernel says of itself. `execution_count` is that of the next cell, `ended` the cells that ended unheard."""
+    """What a kernel says of itself: the cell that runs (msg_id and number), the number of the next one.
 
-    #: msg_id and number of the cell that runs
+    `ended` are cells whose end nobody may have heard.
+    """
+
     running: str | None
     execution_count: int
     ended: Sequence[EndedCell] = ()
