@@ -50,8 +50,15 @@ class SamovarWebSocketConnection(BaseKernelWebsocketConnection):
     _ended = False
 
     async def prepare(self) -> None:
-        """Called by jupyter_server before the handshake with the page: let the page send as much as we may."""
+        """Called by jupyter_server before the handshake with the page: let the page send as much as we may.
+
+        Raises HTTPError where the kernel is dead: only a handshake that is refused lets JupyterLab ask for the reason
+        and show it; closed after it, the page comes back at once, for ever.
+        """
         self.websocket_handler.settings.setdefault("websocket_max_message_size", MAX_MESSAGE)
+        model = await self._model()
+        if model is not None and model.get("execution_state") == "dead":
+            raise HTTPError(404, str(model.get("reason")))
 
     async def connect(self) -> None:
         """Called by jupyter_server when the page is connected."""
@@ -111,12 +118,18 @@ class SamovarWebSocketConnection(BaseKernelWebsocketConnection):
         self._ended = True
         self.log.info("The websocket of kernel %s ended: %s %s", self.kernel_id, end.code, end.reason)
         # The page asks for the model when its websocket closes; its reason is what the page shows.
+        await self._model()
+        self.websocket_handler.close(end.code, _reason(end.reason))
+
+    async def _model(self) -> dict[str, Any] | None:
+        """The kernel as the gateway has it, which jupyter_server tells the page from now on; None: not known."""
         try:
             async with asyncio.timeout(_MODEL_TIMEOUT):
-                await self.kernel_manager.refresh_model()
+                model: dict[str, Any] | None = await self.kernel_manager.refresh_model()
         except (HTTPError, OSError, TimeoutError) as error:
             self.log.warning("The model of kernel %s could not be fetched: %s", self.kernel_id, error)
-        self.websocket_handler.close(end.code, _reason(end.reason))
+            return None
+        return model
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
