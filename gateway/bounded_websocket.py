@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import zlib
+from typing import Any
 
+from tornado.httputil import HTTPHeaders
 from tornado.websocket import WebSocketHandler, WebSocketProtocol13
 
+from gateway import deflate_offers
 from gateway.client_channel import AGAIN_LATER
 from gateway.large_frames import LargeFrames, Sending
 
@@ -27,6 +30,10 @@ class BoundedWebsocket(WebSocketProtocol13):
         self._room: Sending | None = None
         #: the first byte of the frame that is read
         self._first: int | None = None
+
+    def _parse_extensions_header(self, headers: HTTPHeaders) -> list[tuple[str, Any]]:
+        # Tornado takes the first offer of compression, and fails on one that it cannot take.
+        return deflate_offers.acceptable(headers.get("Sec-WebSocket-Extensions", ""))
 
     async def _receive_frame(self) -> None:
         self._first = None

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
+from gateway.bounded_server import MAX_CONNECTIONS
 from gateway.cors import CorsPolicy
 from gateway.kernels import KernelRegistry
 from gateway.kernelspecs import KernelSpecs
 from gateway.notebook_sessions import NotebookSessions
+from gateway.open_websockets import OpenWebsockets
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class JupyterServices:
     cors: CorsPolicy = field(default_factory=CorsPolicy)
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
     calls: dict[str, datetime] = field(default_factory=dict)
+    websockets: OpenWebsockets = field(default_factory=lambda: OpenWebsockets(MAX_CONNECTIONS))
 
     def last_activity(self, owner: str) -> datetime:
         """When the owner, or one of its kernels, last did something."""

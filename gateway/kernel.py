@@ -96,6 +96,8 @@ class Kernel:
     #: the notebook sessions that it runs for, by their id
     notebooks: dict[str, NotebookSession] = field(default_factory=dict)
     sandbox: Sandbox | None = None
+    #: the one that it had before: its record tells of the kernel until the next one has one
+    former: Sandbox | None = None
     #: loop time at which it got its sandbox
     attached_at: float = 0.0
     #: deaths in a row

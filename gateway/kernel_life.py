@@ -129,6 +129,9 @@ class KernelLife:
             text = str(SandboxExit(ExitCause.GATEWAY))
             kernel.channels.tell_death(text, _ENAME, traceback=[f"{_ENAME}: {text}"])
         self.sandboxes.detach(kernel)
+        if not keep:
+            # Else the next gateway tells of a kernel whose restart this one does not end.
+            self.sandboxes.forget_former(kernel)
         await kernel.channels.close(GATEWAY_RESTARTS, "The gateway restarts." if keep else "The gateway stops.")
 
     # What happens to a kernel.
@@ -256,6 +259,7 @@ class KernelLife:
     async def _bury(self, kernel: Kernel, exit_: SandboxExit, reason: str) -> None:
         """The kernel is dead from now on, and its id says why for a while."""
         kernel.reason, kernel.traceback, kernel.last_exit = reason, f"{_ENAME}: {reason}", exit_
+        self.sandboxes.forget_former(kernel)
         self._became(kernel, DEAD)
         self._buried(kernel)
         await kernel.channels.close(KERNEL_GONE, reason)

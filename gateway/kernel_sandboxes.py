@@ -83,6 +83,7 @@ class KernelSandboxes:
             await sandbox.note_holder(kernel.holder)
         else:
             await sandbox.recorded()
+        self.forget_former(kernel)
 
     def detach(self, kernel: Kernel) -> Sandbox | None:
         """Take the sandbox away from the kernel: no message of it arrives any more, and it may be destroyed."""
@@ -97,14 +98,27 @@ class KernelSandboxes:
     async def give_back(self, kernel: Kernel, cause: SandboxExit) -> None:
         """As `detach`; returns once the sandbox is gone, or after 30 s."""
         sandbox = self.detach(kernel)
+        self.forget_former(kernel)
         if sandbox is not None:
             await self._holdings.release(kernel.image, sandbox, cause)
 
     def lose(self, kernel: Kernel, cause: SandboxExit) -> None:
-        """As `give_back`, and wait for nothing."""
+        """As `give_back`, and wait for nothing. Its record stays until `recorded` or `forget_former`.
+
+        So a gateway that is killed before the next sandbox has a record leaves one of the kernel. Where it leaves two,
+        the next gateway takes the newer.
+        """
         sandbox = self.detach(kernel)
         if sandbox is not None:
+            self.forget_former(kernel)
+            kernel.former, sandbox.record_stays = sandbox, True
             self._tasks.run(self._holdings.release(kernel.image, sandbox, cause), f"release {sandbox.id}")
+
+    def forget_former(self, kernel: Kernel) -> None:
+        """The record of the sandbox that the kernel had before is of no more use."""
+        former, kernel.former = kernel.former, None
+        if former is not None:
+            former.forget_record()
 
     def _ended(self, kernel: Kernel, sandbox: Sandbox) -> None:
         if kernel.sandbox is sandbox:

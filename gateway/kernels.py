@@ -23,7 +23,7 @@ from kernelprovisioner.sandbox_exit import ExitCause, SandboxExit
 from kernelprovisioner.supervisor import SupervisorError
 from kernelprovisioner.wire import first_of
 
-#: How long a dead kernel is told of, in seconds, and how many of them are.
+#: How long a dead kernel is told of, in seconds, and how many of each owner are.
 DEAD_SECONDS = 600.0
 MAX_DEAD = 1000
 #: What a client that gives up after KERNEL_LAUNCH_TIMEOUT seconds needs to get our answer before.
@@ -217,11 +217,12 @@ class KernelRegistry:
         self._life.end_later(kernel, _SHUT_DOWN)
 
     def _buried(self, kernel: Kernel) -> None:
-        """A kernel is dead: it is told of for a while, unless there are too many."""
+        """A kernel is dead: it is told of for a while, unless its owner has too many."""
         self._keep(kernel)
         self._expiries[kernel] = asyncio.get_running_loop().call_later(DEAD_SECONDS, self._forget, kernel)
-        while len(self._expiries) > MAX_DEAD:
-            self._forget(next(iter(self._expiries)))
+        dead = [each for each in self._expiries if each.owner == kernel.owner]
+        if len(dead) > MAX_DEAD:
+            self._forget(dead[0])
 
     def _keep(self, kernel: Kernel) -> None:
         """The kernel lives again, or has died anew."""

@@ -44,7 +44,7 @@ class Reservations:
                 "max_executions",
                 _EXECUTION_RETRY,
             )
-        with _counted(self._executions, owner):
+        with counted(self._executions, owner):
             yield
 
     def room(self, owner: str, held: int) -> int | None:
@@ -67,12 +67,13 @@ class Reservations:
                 "max_sessions",
                 _SESSION_RETRY,
             )
-        with _counted(self._claims, owner):
+        with counted(self._claims, owner):
             yield
 
 
 @contextmanager
-def _counted(counter: Counter[str], owner: str) -> Iterator[None]:
+def counted(counter: Counter[str], owner: str) -> Iterator[None]:
+    """Count one more of `owner` until the end of the block."""
     counter[owner] += 1
     try:
         yield

@@ -33,6 +33,7 @@ from gateway.kernel_outputs import KernelOutputs
 from gateway.kernels import KernelRegistry
 from gateway.notebook_sessions import NotebookSessions
 from gateway.open_files import room_for_connections
+from gateway.open_websockets import OpenWebsockets
 from gateway.patience import Patience
 from gateway.recovery import recover
 from gateway.service_checks import service_checks
@@ -232,9 +233,9 @@ class Gateway:
             local_monitoring=settings.local_monitoring,
         )
         room = room_for_connections(sum(bound.max for bound in bounds.values()), MAX_CONNECTIONS)
-        self._serve_http(
-            services, JupyterServices(kernels, specs, NotebookSessions(kernels), cors), claims, sockets, room
-        )
+        notebooks = NotebookSessions(kernels)
+        jupyter_services = JupyterServices(kernels, specs, notebooks, cors, websockets=OpenWebsockets(room))
+        self._serve_http(services, jupyter_services, claims, sockets, room)
 
     def _checks(self, records: RecordStore) -> dict[str, Check]:
         directory = self.settings.data_directory
@@ -269,7 +270,7 @@ class Gateway:
             body_timeout=_BODY_SECONDS,
             idle_connection_timeout=_IDLE_SECONDS,
         )
-        server.max_connections = room
+        server.max_connections, server.websockets = room, jupyter.websockets
         server.add_sockets(sockets)
         self._stack.push_async_callback(self._drain, server, services, jupyter.kernels, claims)
 

@@ -135,6 +135,8 @@ class Sandbox:
         self.running: Callable[[], CellReference | None] | None = None
         #: a holder that still reads the files of a sandbox that ended: `destroy` waits for it, bounded
         self.last_use: asyncio.Future[None] | None = None
+        #: its record outlives it, for a holder that gets another one, until that holder calls `forget_record`
+        self.record_stays = False
         self._sandboxes = sandboxes
         self._destroying: asyncio.Task[None] | None = None
         self._kept = False
@@ -263,7 +265,8 @@ class Sandbox:
         await self.wire.close()
         self.supervisor.close()
         if not self._kept:
-            self._sandboxes.records.remove(self.id)
+            if not self.record_stays:
+                self._sandboxes.records.remove(self.id)
             await self._sandboxes.launcher.destroy(self.launched)
         self._sandboxes.forget(self)
 
@@ -341,6 +344,11 @@ class Sandbox:
         """Return once the claim's record is on disk: before it, nobody is told of a sandbox to come back to."""
         if self._recording is not None:
             await self._sandboxes.records.written(self._recording)
+
+    def forget_record(self) -> None:
+        """Begin to remove the record that outlived the sandbox, behind all that was to be written before."""
+        self.record_stays = False
+        self._sandboxes.records.remove(self.id)
 
     async def watch(self, container_ended: asyncio.Future[SandboxExit]) -> None:
         """Find out why the sandbox ends."""

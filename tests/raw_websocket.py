@@ -50,7 +50,10 @@ class Got:
 
 @dataclass(eq=False)
 class RawWebsocket:
-    """One connection. `pings` are the payloads that came; `close` is the close frame's code and reason."""
+    """One connection. `pings` are the payloads that came; `close` is the close frame's code and reason.
+
+    `head` is the answer to the handshake.
+    """
 
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
@@ -59,6 +62,7 @@ class RawWebsocket:
     pings: list[bytes] = field(default_factory=list)
     close_frame: tuple[int, str] | None = None
     session: str = field(default_factory=lambda: os.urandom(8).hex())
+    head: str = ""
 
     @classmethod
     async def connect(
@@ -95,7 +99,7 @@ class RawWebsocket:
             body = await reader.read(10_000)
             writer.close()
             raise Refusal(status, body)
-        return cls(reader, writer, kind, answers_pings)
+        return cls(reader, writer, kind, answers_pings, head=head.decode("latin-1"))
 
     async def __aenter__(self) -> RawWebsocket:
         return self

@@ -25,7 +25,7 @@ _FRAGILE_AGENT = "Tornado/"
 
 
 class ChannelsHandler(WebSocketHandler, JupyterHandler):
-    """One websocket. All that is refused is refused before it opens: 400, 403 and 404 as elsewhere."""
+    """One websocket. All that is refused is refused before it opens: 400, 403, 404 and 503 as elsewhere."""
 
     _client: ClientChannel | None = None
     _refused = False
@@ -38,7 +38,8 @@ class ChannelsHandler(WebSocketHandler, JupyterHandler):
 
     async def get(self, *args: Any, **kwargs: Any) -> None:
         """Open the websocket of the kernel that the path names."""
-        kernel = self.jupyter.kernels.find(self.owner, args[0])
+        owner = self.owner
+        kernel = self.jupyter.kernels.find(owner, args[0])
         if self.request.headers.get("Upgrade", "").lower() != "websocket":
             text = "This is a websocket: it needs the headers Connection: Upgrade and Upgrade: websocket."
             raise RequestError(HTTPStatus.BAD_REQUEST, "no_upgrade", text)
@@ -48,7 +49,9 @@ class ChannelsHandler(WebSocketHandler, JupyterHandler):
         self._channels = channels
         self._session_id = self.get_query_argument("session_id", "")
         self._after = self.get_query_argument("samovar_after", None)
-        await super().get(*args, **kwargs)
+        # It returns when the websocket is closed.
+        with self.jupyter.websockets.one(owner):
+            await super().get(*args, **kwargs)
 
     @property
     def max_message_size(self) -> int:

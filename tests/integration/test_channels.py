@@ -581,6 +581,45 @@ async def test_text_past_the_limit_is_cut_and_messages_are_compressed_where_that
         await asyncio.to_thread(gateway.stop)
 
 
+async def test_the_websockets_of_one_owner_leave_room_for_those_of_others(short_directory: Path) -> None:
+    settings = {
+        "SAMOVAR_LAUNCHER": "process",
+        "API_KEYS": json.dumps({"other": OTHER_KEY}),
+        "CONTAINER_POOL_PY_MAX": "2",
+        "SAMOVAR_JUPYTER_SETTINGS_COMPRESSION": "true",
+    }
+    # So few files that there is room for 24 connections.
+    gateway = GatewayProcess(short_directory, None, settings=settings, starter=["prlimit", "--nofile=536:536"])
+    await asyncio.to_thread(gateway.start)
+    try:
+        async with a_kernel(gateway) as kernel:
+            tried = await asyncio.gather(*(kernel.connect() for _ in range(30)), return_exceptions=True)
+            opened = [each for each in tried if isinstance(each, RawWebsocket)]
+            refused = [each for each in tried if isinstance(each, Refusal)]
+            assert len(opened) == 12, "however many try at once"
+            assert {each.status for each in refused} == {503}
+            assert all(b"12 websockets open" in each.body for each in refused)
+            answer = await asyncio.to_thread(gateway.call, "POST", "/api/kernels", {}, headers={"x-api-key": OTHER_KEY})
+            path = f"/api/kernels/{answer.body['id']}/channels"
+            others = [
+                await RawWebsocket.connect(gateway.port, path, headers={"x-api-key": OTHER_KEY}) for _ in range(6)
+            ]
+            with pytest.raises(Refusal, match="6 websockets open"):
+                await RawWebsocket.connect(gateway.port, path, headers={"x-api-key": OTHER_KEY})
+            for each in (*others, *opened):
+                await each.end()
+            await kernel.works()
+            # A handshake that asks for what there is not ends in a plain websocket.
+            offer = {
+                "x-api-key": gateway.key,
+                "Sec-WebSocket-Extensions": "permessage-deflate; server_max_window_bits=99",
+            }
+            async with await RawWebsocket.connect(gateway.port, f"{kernel.path}/channels", headers=offer) as plain:
+                assert "permessage-deflate" not in plain.head
+    finally:
+        await asyncio.to_thread(gateway.stop)
+
+
 async def test_a_gateway_client_of_jupyter_server_gets_a_notice_in_place_of_what_breaks_it(
     gateway: GatewayProcess,
 ) -> None:

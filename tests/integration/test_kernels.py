@@ -17,6 +17,7 @@ from tests.channels_client import ChannelsClient, kinds, text
 from tests.gateway_process import Answer, GatewayProcess
 
 DOCKER = pytest.param("docker", marks=pytest.mark.service)
+ONE_PLACE = {"CONTAINER_POOL_PY_MIN": "1", "CONTAINER_POOL_PY_MAX": "1"}
 BOUNDS = {"CONTAINER_POOL_PY_MIN": "1", "CONTAINER_POOL_PY_MAX": "4", "SAMOVAR_DRAIN_TIMEOUT": "1"}
 
 
@@ -291,6 +292,40 @@ async def test_kernels_outlive_their_gateway(directory: Path, docker_url_or_none
         (session,) = (await gateway.call("GET", "/api/sessions")).body
         assert (session["id"], session["path"]) == (posted.body["id"], "a.ipynb")
         assert (await gateway.call("DELETE", f"/api/sessions/{session['id']}")).status == 204
+
+
+@pytest.mark.parametrize("how", ["restarted", "died"])
+async def test_a_gateway_that_is_killed_in_mid_restart_leaves_a_kernel_that_is_known(
+    directory: Path, docker_url_or_none: str | None, how: str
+) -> None:
+    # With one place the next sandbox starts when the former one is gone: between them there is none for a while.
+    async with served(directory, docker_url_or_none, **ONE_PLACE) as gateway:
+        kernel_id = await gateway.start()
+        async with gateway.client(kernel_id) as one:
+            await one.run("a = 1")
+            if how == "restarted":
+                asking = asyncio.create_task(gateway.call("POST", f"/api/kernels/{kernel_id}/restart"))
+                await gateway.becomes(kernel_id, "starting")
+            else:
+                await one.execute("import os; os.kill(os.getpid(), 9)")
+                await gateway.becomes(kernel_id, "restarting")
+            await asyncio.sleep(0.05)
+            process = gateway.process
+            assert process.process is not None
+            process.process.kill()
+            await asyncio.to_thread(process.process.wait)
+            if how == "restarted":
+                await asyncio.gather(asking, return_exceptions=True)
+        await asyncio.to_thread(process.start)
+        model = await gateway.model(kernel_id)
+        if model["execution_state"] == "dead":
+            assert model["samovar_exit"]["cause"] == "gateway"
+            assert (await gateway.call("POST", f"/api/kernels/{kernel_id}/restart")).status == 200
+        await gateway.becomes(kernel_id, "idle")
+        async with gateway.client(kernel_id) as one:
+            assert text(await one.run("print('a' in globals())")) in ("True\n", "False\n")
+        pool = await asyncio.to_thread(process.pool)
+        assert (pool["claimed"], len(list(process.runtime.glob("????????/*.json")))) == (1, 1)
 
 
 async def test_an_unused_kernel_is_culled(directory: Path) -> None:

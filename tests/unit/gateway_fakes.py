@@ -74,6 +74,7 @@ class FakeSandbox:
         self.end_asked = False
         self.last_use: asyncio.Future[None] | None = None
         self.holder: dict[str, Any] = {}
+        self.record_stays = False
         #: what it says it runs when it is asked, first to last; after that nothing
         self.probes: list[str | Exception | None] = []
         self.ended: list[EndedCell] = []
@@ -90,6 +91,9 @@ class FakeSandbox:
 
     async def note_holder(self, holder: dict[str, Any]) -> None:
         self.holder = holder
+
+    def forget_record(self) -> None:
+        self.record_stays = False
 
     async def interrupt(self) -> None:
         self.interrupts += 1
@@ -179,6 +183,8 @@ class FakePool:
         self.standing: dict[str, Standing] = {}
         self.error: Exception | None = None
         self.gate: asyncio.Event | None = None
+        #: as `error`, for claims that wait at the gate already
+        self.failure: Exception | None = None
         self.claimed = asyncio.Event()
         self.given_back = asyncio.Event()
 
@@ -189,6 +195,8 @@ class FakePool:
             raise self.error
         if self.gate is not None:
             await self.gate.wait()
+        if self.failure is not None:
+            raise self.failure
         sandbox = FakeSandbox(len(self.made), self.script)
         self.made.append(sandbox)
         self.claims.append((owner, request))

@@ -111,3 +111,46 @@ async def test_a_compressed_message_that_cannot_be_read_ends_its_connection_with
         assert await client.ended() == (INVALID, "The message cannot be decompressed.")
         await client.end()
     assert got == [] and "Traceback" not in caplog.text
+
+
+DEFLATE = "permessage-deflate"
+
+
+@pytest.mark.parametrize(
+    ("offered", "agreed"),
+    [
+        (DEFLATE, DEFLATE),
+        (f"{DEFLATE}; client_max_window_bits", DEFLATE),
+        (f'{DEFLATE};server_max_window_bits="10" ; client_max_window_bits=8', "server_max_window_bits=10"),
+        (f"{DEFLATE}; server_no_context_takeover", "server_no_context_takeover"),
+        # The first that can be taken is.
+        (f"x-other; a=1, {DEFLATE}; server_max_window_bits=99, {DEFLATE}", DEFLATE),
+        ("x-other", None),
+        (f"{DEFLATE}; server_max_window_bits=99", None),
+        (f"{DEFLATE}; server_max_window_bits=7", None),
+        (f"{DEFLATE}; server_max_window_bits=8", None),  # zlib has no such window
+        (f"{DEFLATE}; server_max_window_bits=010", None),
+        (f"{DEFLATE}; server_max_window_bits", None),
+        (f"{DEFLATE}; server_max_window_bits=x", None),
+        (f"{DEFLATE}; client_max_window_bits=16", None),
+        (f"{DEFLATE}; server_no_context_takeover=1", None),
+        (f"{DEFLATE}; server_max_window_bits=10; server_max_window_bits=10", None),
+        (f"{DEFLATE}; unheard_of", None),
+        (f"{DEFLATE};", None),
+        (";;=\"\\,,=;\xff*0*='", None),
+        ("a*0*=x'y'%ff; a*1=2; permessage-deflate*=x", None),
+    ],
+)
+async def test_compression_that_cannot_be_had_as_it_is_offered_is_declined(
+    caplog: pytest.LogCaptureFixture, offered: str, agreed: str | None
+) -> None:
+    room, got = LargeFrames(), list[int]()
+    async with served(room, got) as port:
+        headers = {"Sec-WebSocket-Extensions": offered}
+        async with await RawWebsocket.connect(port, "/", kind="", headers=headers) as client:
+            answered = [line for line in client.head.split("\r\n") if line.lower().startswith("sec-websocket-ext")]
+            assert len(answered) == (agreed is not None)
+            assert (agreed or "") in "".join(answered)
+            client.send_frame(BINARY, b"plain")
+            await until(lambda: got == [5])
+    assert "Traceback" not in caplog.text

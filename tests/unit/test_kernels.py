@@ -202,6 +202,55 @@ async def test_a_restart_swaps_the_sandbox_in_this_order_and_two_at_once_are_one
         assert len(pool.made) == 3 and known.find("me", kernel.id) is kernel
 
 
+@pytest.mark.parametrize("how", ["restart", "death"])
+async def test_the_former_sandboxs_record_stays_until_that_of_the_next_one_is_there(
+    monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    written = asyncio.Event()
+    written.set()
+
+    async def recorded(_: FakeSandbox) -> None:
+        await written.wait()
+
+    monkeypatch.setattr(FakeSandbox, "recorded", recorded)
+    pool = FakePool()
+    async with registry(pool) as known:
+        kernel = await known.start("me")
+        written.clear()
+        if how == "restart":
+            restarting = asyncio.create_task(known.restart(kernel))
+        else:
+            pool.made[0].die(ExitCause.OUT_OF_MEMORY)
+        await until(lambda: len(pool.made) == 2 and kernel.sandbox is pool.made[1])
+        assert pool.made[0].record_stays, "a gateway that crashes now leaves no record of the kernel"
+        written.set()
+        await until(lambda: not pool.made[0].record_stays)
+        if how == "restart":
+            await restarting
+        assert not pool.made[1].record_stays
+
+
+@pytest.mark.parametrize("how", ["failed", "shut down", "stopped", "kept"])
+async def test_no_record_stays_of_a_kernel_that_gets_no_other_sandbox(how: str) -> None:
+    pool = FakePool()
+    async with registry(pool) as known:
+        kernel = await known.start("me")
+        pool.gate = asyncio.Event()
+        restarting = asyncio.create_task(known.restart(kernel))
+        await until(lambda: pool.released)
+        assert pool.made[0].record_stays
+        if how == "failed":
+            pool.failure = LaunchError("no engine")
+            pool.gate.set()
+        elif how == "shut down":
+            await known.shutdown(kernel)
+        else:
+            await known.stop(5.0, keep=how == "kept")
+        await asyncio.gather(restarting, return_exceptions=True)
+        # The next gateway says what became of it.
+        assert pool.made[0].record_stays == (how == "kept")
+
+
 async def test_a_restart_waits_where_the_line_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_sandboxes, "_LINE_PAUSE", 0.01)
     pool = FakePool()
@@ -309,9 +358,15 @@ async def test_dead_kernels_are_forgotten_after_a_while_and_when_there_are_too_m
             pool.made[number].die(ExitCause.EXITED, exit_code=1)
             await until(lambda: known.list("me")[-1].dead)
         assert len(known.list("me")) == 2
+        mine = known.list("me")
+        for number in range(3, 6):
+            await known.start("you")
+            pool.made[number].die(ExitCause.EXITED, exit_code=1)
+            await until(lambda: known.list("you")[-1].dead)
+        assert (known.list("me"), len(known.list("you"))) == (mine, 2), "nobody's dead push out another's"
         monkeypatch.setattr(kernels, "DEAD_SECONDS", 0.0)
         await known.start("me", kernel_id=ID)
-        pool.made[3].die(ExitCause.EXITED, exit_code=1)
+        pool.made[6].die(ExitCause.EXITED, exit_code=1)
         await until(lambda: all(kernel.id != ID for kernel in known.list("me")))
         assert len(known.list("me")) == 1
 

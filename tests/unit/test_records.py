@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernelprovisioner import records
+from kernelprovisioner.exit_log import ExitLog
 from kernelprovisioner.images import KernelImage
 from kernelprovisioner.launchers.base import Endpoint, Launched
 from kernelprovisioner.launchers.configurable import ipc_endpoints
@@ -190,6 +191,31 @@ async def test_a_claim_that_is_acknowledged_while_its_sandbox_goes_leaves_no_rec
         await sandbox.recorded()
         assert record_path(owner.path, sandbox.id).exists() is written
     await store.close()
+
+
+async def test_a_record_may_outlive_its_sandbox_until_its_holder_forgets_it(owner: OwnerDirectory) -> None:
+    store, unused = RecordStore(owner), cast(Any, SimpleNamespace(close=_nothing))
+
+    class Life(SimpleNamespace):
+        def run(self, work: Any) -> asyncio.Task[None]:
+            return asyncio.create_task(work)
+
+    launcher = SimpleNamespace(destroy=_nothing)
+    life = Life(records=store, launcher=launcher, keeping=False, forget=lambda _: None, exits=ExitLog())
+    sandbox = Sandbox(launched(owner.path), SimpleNamespace(close=lambda: None), unused, cast(Any, life))
+    await store.write(record(owner.path))
+    sandbox.record_stays = True
+    await sandbox.destroy()
+    await store.flush()
+    assert record_path(owner.path, sandbox.id).exists()
+    sandbox.forget_record()
+    await store.flush()
+    assert not record_path(owner.path, sandbox.id).exists()
+    await store.close()
+
+
+async def _nothing(*_: object) -> None:
+    pass
 
 
 async def test_what_could_not_be_written_is_tried_again_as_it_is_by_then(
