@@ -142,20 +142,9 @@ class KernelChannels:
             self._sandbox.wire.on_any = None
             self._sandbox = None
 
-    def publish(
-        self,
-        channel: str,
-        msg_type: str,
-        content: Mapping[str, Any],
-        *,
-        parent: Mapping[str, Any] | bytes | None = None,
-        tag: bytes = b"",
-    ) -> None:
-        """Send a message of the gateway's own to all clients, or to the one that `tag` names.
-
-        `parent` is the header that it answers.
-        """
-        self._voice.publish(channel, msg_type, content, parent, tag)
+    def publish(self, channel: str, msg_type: str, content: Mapping[str, Any]) -> None:
+        """Send a message of the gateway's own, which answers nothing, to all clients."""
+        self._voice.publish(channel, msg_type, content)
         if msg_type == "status" and content.get("execution_state") == "restarting":
             self._sessions.epoch.restarting = self.log.last
 
@@ -170,7 +159,7 @@ class KernelChannels:
         self._sessions.new_epoch()
         for record in remaining_output(tuple(dict(each) for each in unsent), set(self._hearing.stream_ids)):
             stream = {"name": record["name"], "text": record["text"]}
-            self.publish("iopub", "stream", stream, parent=record.get("parent") or {})
+            self._voice.publish("iopub", "stream", stream, record.get("parent") or {})
         if not self._requests.running:
             self._hearing.suppose(unsent)
         for request in self._requests.running:
@@ -324,7 +313,7 @@ class KernelChannels:
         running = self._requests.running
         if running and not self._sessions.expecting:
             # A page that was loaded anew shows that its kernel works.
-            self.publish("iopub", "status", {"execution_state": "busy"}, parent=running[0].header, tag=session.tag)
+            self._voice.publish("iopub", "status", {"execution_state": "busy"}, running[0].header, session.tag)
         return session
 
     def _notice(self, session: ClientSession, text: str) -> Sequence[bytes]:

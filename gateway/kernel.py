@@ -43,15 +43,7 @@ class Channels(Protocol):
 
     def detach(self) -> None: ...
 
-    def publish(
-        self,
-        channel: str,
-        msg_type: str,
-        content: Mapping[str, Any],
-        *,
-        parent: Mapping[str, Any] | None = None,
-        tag: bytes = b"",
-    ) -> None: ...
+    def publish(self, channel: str, msg_type: str, content: Mapping[str, Any]) -> None: ...
 
     def tell_death(
         self, text: str, ename: str, *, traceback: Sequence[str], unsent: Sequence[Mapping[str, Any]] = ()

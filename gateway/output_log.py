@@ -120,11 +120,6 @@ class OutputLog:
         self._broken = False
 
     @property
-    def first(self) -> int:
-        """The number of the oldest entry that can be read; `last` + 1 where there is none."""
-        return next((chunk.first for chunk in self._chunks[:2] if not chunk.lost), self._last + 1)
-
-    @property
     def last(self) -> int:
         """The number of the newest entry; 0 where there was none yet."""
         return self._last

@@ -241,12 +241,6 @@ def environment_config(classes: Iterable[type[Configurable]], environ: Mapping[s
     return config, sorted(unknown)
 
 
-def environment_names(class_name: str, trait: str) -> list[str]:
-    """The environment variables that set a trait: those that code interpreters know, and last our own, which wins."""
-    known = [name for name, target in KNOWN_NAMES.items() if target == (class_name, trait)]
-    return [*known, environment_name(class_name, trait)]
-
-
 def environment_name(class_name: str, trait: str) -> str:
     """The environment variable of our own that sets a trait."""
     if class_name == "GatewayApp":

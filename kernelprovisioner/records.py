@@ -136,15 +136,11 @@ def read_records(owner: Path) -> tuple[list[SandboxRecord], list[RecordError]]:
     return sorted(records, key=lambda record: record.created_at), errors
 
 
-def write_record(owner: Path, record: SandboxRecord) -> None:
+def _replace(path: str, content: bytes) -> None:
     """Write or replace one record in one step. Raises OSError. Blocks.
 
     Not synced: a machine that goes down takes the sandboxes with it.
     """
-    _replace(str(record_path(owner, record.sandbox_id)), _encoder.encode(record))
-
-
-def _replace(path: str, content: bytes) -> None:
     # Little Python: it runs beside a loop that has just claimed a sandbox and wants to use it.
     temporary = path.removesuffix(".json") + _UNFINISHED
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)

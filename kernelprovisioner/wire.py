@@ -76,7 +76,7 @@ class Unfinished:
 class KernelWire:
     """The channels of one kernel, connected. Not thread-safe: it belongs to the loop that made it."""
 
-    def __init__(self, key: bytes, names: Sequence[str], unfinished: Unfinished | None = None) -> None:
+    def __init__(self, key: bytes, unfinished: Unfinished | None = None) -> None:
         self.unfinished = unfinished or Unfinished()
         self.session = secrets.token_hex(16)
         self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -91,7 +91,6 @@ class KernelWire:
         self._identity = b"samovar-" + secrets.token_hex(8).encode()
         self._listeners: dict[str, Listener] = {}
         self._connections: dict[str, _Connection] = {}
-        self._names = tuple(names)
         self._closing = False
         self._count = 0
         self.rekey(key)
@@ -113,7 +112,7 @@ class KernelWire:
 
         Raises WireError when the kernel is not there in time.
         """
-        wire = cls(key, names, unfinished)
+        wire = cls(key, unfinished)
         try:
             async with asyncio.timeout(timeout):
                 for name in names:
@@ -164,10 +163,6 @@ class KernelWire:
         What the kernel sends in answer to it on shell, control and stdin has its `tag`. Raises WireError as `send`.
         """
         self._connection(channel).send([tag, _DELIMITER, self._sign(parts[:4]), *parts])
-
-    def unsent(self, channel: str) -> int:
-        """Bytes that the kernel has not read yet. Raises WireError where the channel is closed."""
-        return self._connection(channel).unsent
 
     async def room(self, channel: str, *, timeout: float) -> None:
         """Wait until the kernel reads: returns at once below 1 MiB of unsent bytes.

@@ -14,11 +14,11 @@ from playwright.sync_api import Browser, sync_playwright
 
 from kernelprovisioner import kernelspecs
 from tests import services
-from tests.browser.cuttable_proxy import CuttableProxy
 from tests.browser.jupyterlab import JupyterLab
 from tests.browser.notebook_page import SHELF, NotebookPage
 from tests.conformance.conftest import client_environment
 from tests.gateway_process import GatewayProcess
+from tests.proxies import CuttableProxy
 
 FLAGS = (
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),

@@ -5,10 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import subprocess
-import sys
-import time
-import urllib.request
 import uuid
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
@@ -26,55 +22,24 @@ from jupyter_server.services.kernels.connection.base import (
 from tornado.httpclient import HTTPRequest
 from tornado.websocket import WebSocketClientConnection, websocket_connect
 
-from tests.gateway_process import free_port
+from tests.conformance.jupyter_process import JupyterProcess
 
 V1 = "v1.kernel.websocket.jupyter.org"
 CONNECTION_CLASS = "gateway.lab.SamovarWebSocketConnection"
 TOKEN = "token-of-the-server-in-front"
 
 
-class FrontServer:
+class FrontServer(JupyterProcess):
     """`jupyter server --gateway-url`, with our connection class or with its own."""
 
     def __init__(self, directory: Path, gateway_url: str, key: str, environment: dict[str, str], *, ours: bool) -> None:
-        self.port = free_port()
-        self.log = directory / "front.log"
-        arguments = [
-            *("--no-browser", "--allow-root", f"--port={self.port}", f"--ServerApp.root_dir={directory}"),
-            *(f"--IdentityProvider.token={TOKEN}", "--ServerApp.port_retries=0"),
+        command = [
+            *("jupyter", "server", f"--ServerApp.root_dir={directory}"),
             *(f"--gateway-url={gateway_url}", f"--GatewayClient.auth_token={key}"),
             *([f"--ServerApp.kernel_websocket_connection_class={CONNECTION_CLASS}"] if ours else []),
         ]
-        with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "jupyter", "server", *arguments],
-                env=environment | {"JUPYTER_CONFIG_DIR": str(directory / "config")},
-                cwd=directory,
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-            )
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                self.call("GET", "/api")
-                return
-            except OSError:
-                assert time.monotonic() < deadline and self.process.poll() is None, self.log.read_text()
-                time.sleep(0.1)
-
-    def call(self, method: str, path: str, body: Any = None) -> Any:
-        """One HTTP call; returns the JSON body. Raises urllib's HTTPError."""
-        data = json.dumps(body).encode() if body is not None else None
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data=data, method=method)
-        request.add_header("Authorization", f"token {TOKEN}")
-        with urllib.request.urlopen(request, timeout=60) as response:
-            raw = response.read()
-        return json.loads(raw) if raw else None
-
-    async def ask(self, method: str, path: str, body: Any = None) -> Any:
-        """The same from a coroutine."""
-        return await asyncio.to_thread(self.call, method, path, body)
+        own = {"JUPYTER_CONFIG_DIR": str(directory / "config")}
+        super().__init__(command, directory, directory / "front.log", environment | own, token=TOKEN)
 
     @asynccontextmanager
     async def page(self, kernel_id: str, session: str | None = None, protocol: str = V1) -> AsyncIterator[Page]:
@@ -95,11 +60,6 @@ class FrontServer:
             yield kernel_id
         finally:
             await self.ask("DELETE", f"/api/kernels/{kernel_id}")
-
-    def stop(self) -> None:
-        """End it as Ctrl-C does."""
-        self.process.terminate()
-        self.process.wait(60)
 
 
 @dataclass

@@ -5,11 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
 import uuid
 from pathlib import Path
 from typing import Any
@@ -24,6 +20,7 @@ from nbclient import NotebookClient
 from tornado.websocket import WebSocketClientConnection, websocket_connect
 
 from tests.conformance.conftest import WHERE, Place
+from tests.conformance.jupyter_process import JupyterProcess
 
 pytestmark = pytest.mark.conformance
 
@@ -146,50 +143,15 @@ async def test_mapping_kernel_manager_of_jupyter_server(place: Place) -> None:
 # --- JupyterLab's own server, as a process ----------------------------------------------------------------------------
 
 
-class Lab:
+class Lab(JupyterProcess):
     """A running `jupyter lab`, and what its page would ask of it."""
 
     def __init__(self, place: Place) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.log = place.directory.parent / "lab.log"
-        arguments = ["--no-browser", "--allow-root", f"--port={self.port}", f"--notebook-dir={place.directory}"]
-        arguments += ["--IdentityProvider.token=", "--ServerApp.disable_check_xsrf=True", "--ServerApp.port_retries=0"]
-        with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "jupyterlab", *arguments],
-                env=place.environment,
-                cwd=place.directory,
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-            )
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                self.call("GET", "/api/status")
-                return
-            except OSError:
-                assert time.monotonic() < deadline and self.process.poll() is None, self.log.read_text()
-                time.sleep(0.1)
-
-    def call(self, method: str, path: str, body: Any = None) -> Any:
-        data = json.dumps(body).encode() if body is not None else None
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data=data, method=method)
-        with urllib.request.urlopen(request, timeout=60) as response:
-            raw = response.read()
-        return json.loads(raw) if raw else None
-
-    async def ask(self, method: str, path: str, body: Any = None) -> Any:
-        return await asyncio.to_thread(self.call, method, path, body)
+        command = ["jupyterlab", f"--notebook-dir={place.directory}", "--ServerApp.disable_check_xsrf=True"]
+        super().__init__(command, place.directory, place.directory.parent / "lab.log", place.environment, token="")
 
     async def connect(self, kernel_id: str) -> WebSocketClientConnection:
         return await websocket_connect(f"ws://127.0.0.1:{self.port}/api/kernels/{kernel_id}/channels?session_id={PAGE}")
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait(60)
 
 
 async def run_cell(page: WebSocketClientConnection, code: str) -> list[dict[str, Any]]:

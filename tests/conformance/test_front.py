@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from tests.browser.cuttable_proxy import CuttableProxy
 from tests.conformance.conftest import WHERE
 from tests.conformance.front import V1, FrontServer, Page, text_of
 from tests.gateway_process import ROOT, GatewayProcess
+from tests.proxies import CuttableProxy
 
 pytestmark = pytest.mark.conformance
 

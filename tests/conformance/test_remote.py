@@ -24,11 +24,11 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from traitlets.config import Config
 
-from tests.browser.cuttable_proxy import CuttableProxy
 from tests.conformance.conftest import WHERE
 from tests.conformance.test_clients import notebook, printed
 from tests.conformance.test_front import SLOW
 from tests.gateway_process import ROOT, GatewayProcess
+from tests.proxies import CuttableProxy
 from tests.waiting import until
 
 pytestmark = pytest.mark.conformance

@@ -20,13 +20,14 @@ from kernelprovisioner.claims import ClaimConnection
 from kernelprovisioner.images import KernelImage, find_image
 from kernelprovisioner.launchers.base import LaunchError, LaunchRequest
 from kernelprovisioner.pool import PoolClaim
-from kernelprovisioner.records import read_record, record_path, write_record
+from kernelprovisioner.records import read_record, record_path
 from kernelprovisioner.runtime import RuntimeRoot
 from kernelprovisioner.sandbox import ClaimRequest, ProbeError, Sandbox, SandboxState
 from kernelprovisioner.sandbox_exit import ExitCause
 from kernelprovisioner.sandboxes import Sandboxes
 from tests import services
 from tests.lost_gateway import TOKEN, LostGateway, make_launcher, run
+from tests.stored_records import store_record
 
 ROOT = Path(__file__).parents[2]
 Start = Callable[..., LostGateway]
@@ -281,7 +282,7 @@ async def test_a_damaged_record_or_directory_costs_its_sandbox_only_and_no_time(
     (owner / "copy.pid").write_text("1 1.0")
     (owner / f"{'5' * 16}.pid").mkdir()
     path = record_path(owner, gateway.told["session"])
-    write_record(owner, msgspec.structs.replace(read_record(path), channels={}))
+    await store_record(owner, msgspec.structs.replace(read_record(path), channels={}))
     async with successor() as sandboxes:
         async with asyncio.timeout(5):
             for sandbox_id, error, why in (

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from tests.delaying_proxy import DelayingProxy
 from tests.gateway_process import GatewayProcess
+from tests.proxies import DelayingProxy
 from tests.waiting import until
 
 pytestmark = [

@@ -20,8 +20,8 @@ import pytest
 
 from kernelprovisioner import kernelspecs
 from tests import services
-from tests.delaying_proxy import DelayingProxy
 from tests.gateway_process import GatewayProcess
+from tests.proxies import DelayingProxy
 from tests.waiting import until
 
 pytestmark = pytest.mark.service

@@ -143,7 +143,7 @@ class FakeChannels:
     def detach(self) -> None:
         self.calls.append("detach")
 
-    def publish(self, channel: str, msg_type: str, content: Any, **_: Any) -> None:
+    def publish(self, channel: str, msg_type: str, content: Any) -> None:
         self.calls.append(f"{channel} {msg_type} {content['execution_state']}")
 
     def tell_death(self, text: str, ename: str, *, traceback: Any, unsent: Any = ()) -> None:

@@ -54,9 +54,10 @@ from kernelprovisioner import schedule
 from kernelprovisioner.images import KernelImage, Limits, PoolBounds
 from kernelprovisioner.inventory import FoundSandbox, Inventory, Life, Owner
 from kernelprovisioner.launchers.base import Endpoint
-from kernelprovisioner.records import SandboxRecord, write_record
+from kernelprovisioner.records import SandboxRecord
 from kernelprovisioner.runtime import RuntimeRoot
 from kernelprovisioner.usage import Usage, measure, of_process, of_stats
+from tests.stored_records import write_record
 
 GIBIBYTE = 2**30
 GATEWAY = Owner(Path("/run/samovar/00000000"), Life.ALIVE, True, pid=7, program="python")

@@ -21,8 +21,9 @@ from kernelprovisioner.inventory import FoundSandbox, Inventory, Life, state_of,
 from kernelprovisioner.launchers.base import Endpoint
 from kernelprovisioner.launchers.container_spec import LABEL_BOOT, LABEL_OWNER, LABEL_SANDBOX
 from kernelprovisioner.reaping import reap, to_be_reaped
-from kernelprovisioner.records import SandboxRecord, write_record
+from kernelprovisioner.records import SandboxRecord
 from kernelprovisioner.runtime import GATEWAY_GRACE, OwnerDirectory, RuntimeRoot
+from tests.stored_records import write_record
 
 ENGINE = "docker ENGINE"
 

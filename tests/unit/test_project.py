@@ -13,7 +13,7 @@ import pytest
 from benchmarks import report
 from gateway.app import GatewayApp
 from gateway.cli import COMMANDS
-from gateway.settings import KNOWN_NAMES, environment_names
+from gateway.settings import KNOWN_NAMES, environment_name
 from kernelprovisioner.sandbox_exit import ExitCause
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,6 +38,12 @@ def test_every_dependency_is_bounded() -> None:
         assert pinned or re.fullmatch(r"[\w-]+>=[\d.]+,<[\d.]+|samovar\[\w+\]", requirement), requirement
 
 
+def _environment_names(class_name: str, trait: str) -> list[str]:
+    """What sets a trait: the variables that code interpreters know, and last our own, which wins."""
+    known = [name for name, target in KNOWN_NAMES.items() if target == (class_name, trait)]
+    return [*known, environment_name(class_name, trait)]
+
+
 def test_every_setting_is_documented() -> None:
     text = (ROOT / "docs" / "configuration.md").read_text()
     for cls in [GatewayApp, *GatewayApp.classes]:
@@ -45,7 +51,7 @@ def test_every_setting_is_documented() -> None:
         rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \|", section, re.MULTILINE)
         documented = {name: re.findall(r"`(\w+)`", environment) for name, _, environment in rows}
         settings = cls.class_traits(config=True)
-        assert documented == {name: environment_names(cls.__name__, name) for name in settings}, cls.__name__
+        assert documented == {name: _environment_names(cls.__name__, name) for name in settings}, cls.__name__
         for name, shown, _ in rows:
             plain = settings[name].default_value
             if shown.startswith("`") and isinstance(plain, bool | int | float | str) and plain != "":

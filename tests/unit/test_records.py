@@ -29,10 +29,10 @@ from kernelprovisioner.records import (
     read_record,
     read_records,
     record_path,
-    write_record,
 )
 from kernelprovisioner.runtime import OwnerDirectory, RuntimeRoot
 from kernelprovisioner.sandbox import ClaimRequest, Sandbox, SandboxState
+from tests.stored_records import write_record
 
 IMAGE = KernelImage("python", "python", "Python", Path("/nowhere"), "base")
 

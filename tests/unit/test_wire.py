@@ -65,6 +65,41 @@ async def kernel_and_wire(directory: Path) -> AsyncIterator[tuple[ZmqKernel, Ker
         kernel.close()
 
 
+Server = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+@asynccontextmanager
+async def wire_to(serve: Server, directory: Path) -> AsyncIterator[KernelWire]:
+    """A wire to a shell channel that does as `serve` says."""
+    async with await asyncio.start_unix_server(serve, directory / "shell"):
+        channels = {"shell": Endpoint(path=directory / "shell")}
+        connected = await KernelWire.connect(channels, KEY, timeout=5, names=["shell"])
+        try:
+            yield connected
+        finally:
+            await connected.close()
+
+
+def reads_from(moment: asyncio.Event) -> Server:
+    """A kernel that reads nothing before this moment, and then all."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(zmtp.GREETING + zmtp.ready_command("ROUTER"))
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        await moment.wait()
+        writer.transport.resume_reading()  # type: ignore[attr-defined]
+        while await reader.read(2**20):
+            continue
+        writer.close()
+
+    return serve
+
+
+def unsent(connected: KernelWire) -> int:
+    """Bytes that the kernel has not read from its shell channel yet."""
+    return connected._connection("shell").unsent
+
+
 async def test_a_request_gets_its_reply_and_the_identity_is_shared_by_shell_and_stdin(tmp_path: Path) -> None:
     async with kernel_and_wire(tmp_path) as (kernel, connected):
         asking = asyncio.create_task(connected.request("shell", "some_request", {"a": 1}, timeout=5))
@@ -219,15 +254,10 @@ async def test_a_kernel_that_breaks_the_protocol_closes_the_wire(tmp_path: Path,
         await asyncio.sleep(0.05)
         writer.write(attack)
 
-    server = await asyncio.start_unix_server(serve, tmp_path / "shell")
-    async with server:
-        connected = await KernelWire.connect(
-            {"shell": Endpoint(path=tmp_path / "shell")}, KEY, timeout=5, names=["shell"]
-        )
+    async with wire_to(serve, tmp_path) as connected:
         await asyncio.wait_for(asyncio.shield(connected.closed), 5)
         with pytest.raises(WireError, match="closed"):
             connected.send("shell", "execute_request", {})
-        await connected.close()
 
 
 async def test_a_kernel_that_does_not_read_makes_send_fail_instead_of_filling_memory(
@@ -242,22 +272,17 @@ async def test_a_kernel_that_does_not_read_makes_send_fail_instead_of_filling_me
         await stopped.wait()
         writer.close()
 
-    server = await asyncio.start_unix_server(serve, tmp_path / "shell")
-    async with server:
-        connected = await KernelWire.connect(
-            {"shell": Endpoint(path=tmp_path / "shell")}, KEY, timeout=5, names=["shell"]
-        )
+    async with wire_to(serve, tmp_path) as connected:
         with pytest.raises(WireError, match="does not read"):
             for _ in range(100):
                 connected.send("shell", "execute_request", {"code": "x" * 50_000})
         stopped.set()
-        await connected.close()
 
 
 async def test_of_many_kernels_that_finish_no_message_the_greediest_is_cut_off(tmp_path: Path) -> None:
     begun = {"greedy": 6000, "modest": 3000}
 
-    def serve(name: str) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
+    def serve(name: str) -> Server:
         async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             writer.write(zmtp.GREETING + zmtp.ready_command("ROUTER") + b"\x02" + struct.pack(">Q", 10_000))
             await reader.readexactly(64)
@@ -357,29 +382,16 @@ async def test_a_forwarded_message_is_signed_anew_and_its_reply_has_its_tag(tmp_
 async def test_who_can_wait_waits_until_the_kernel_reads(tmp_path: Path) -> None:
     reads = asyncio.Event()
 
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(zmtp.GREETING + zmtp.ready_command("ROUTER"))
-        writer.transport.pause_reading()  # type: ignore[attr-defined]
-        await reads.wait()
-        writer.transport.resume_reading()  # type: ignore[attr-defined]
-        while await reader.read(2**20):
-            continue
-        writer.close()
-
-    server = await asyncio.start_unix_server(serve, tmp_path / "shell")
-    async with server:
-        connected = await KernelWire.connect(
-            {"shell": Endpoint(path=tmp_path / "shell")}, KEY, timeout=5, names=["shell"]
-        )
+    async with wire_to(reads_from(reads), tmp_path) as connected:
         parts = [b"{}", b"{}", b"{}", b"{}", b"x" * 100_000]
-        while connected.unsent("shell") < 2**20:
+        while unsent(connected) < 2**20:
             await connected.room("shell", timeout=1)
             connected.forward("shell", parts, b"tag")
         with pytest.raises(TimeoutError):
             await connected.room("shell", timeout=0.01)
         reads.set()
         await connected.room("shell", timeout=5)
-        assert connected.unsent("shell") <= 2**19
+        assert unsent(connected) <= 2**19
         await connected.close()
         with pytest.raises(WireError, match="closed"):
             await connected.room("shell", timeout=1)
@@ -388,20 +400,7 @@ async def test_who_can_wait_waits_until_the_kernel_reads(tmp_path: Path) -> None
 async def test_of_many_that_wait_for_room_one_goes_at_a_time(tmp_path: Path) -> None:
     reads = asyncio.Event()
 
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(zmtp.GREETING + zmtp.ready_command("ROUTER"))
-        writer.transport.pause_reading()  # type: ignore[attr-defined]
-        await reads.wait()
-        writer.transport.resume_reading()  # type: ignore[attr-defined]
-        while await reader.read(2**20):
-            continue
-        writer.close()
-
-    server = await asyncio.start_unix_server(serve, tmp_path / "shell")
-    async with server:
-        connected = await KernelWire.connect(
-            {"shell": Endpoint(path=tmp_path / "shell")}, KEY, timeout=5, names=["shell"]
-        )
+    async with wire_to(reads_from(reads), tmp_path) as connected:
         parts = [b"{}", b"{}", b"{}", b"{}", b"x" * 8_000_000]
         most = 0
 
@@ -409,7 +408,7 @@ async def test_of_many_that_wait_for_room_one_goes_at_a_time(tmp_path: Path) -> 
             nonlocal most
             await connected.room("shell", timeout=10)
             connected.forward("shell", parts, b"tag")
-            most = max(most, connected.unsent("shell"))
+            most = max(most, unsent(connected))
 
         connected.forward("shell", parts, b"tag")
         sending = [asyncio.create_task(send()) for _ in range(8)]
@@ -418,4 +417,3 @@ async def test_of_many_that_wait_for_room_one_goes_at_a_time(tmp_path: Path) -> 
         # None is refused because others, who waited beside it, filled the room at the same moment.
         await asyncio.gather(*sending)
         assert most < 10_000_000
-        await connected.close()
