@@ -57,9 +57,9 @@ class End:
 class Retries:
     """How often and how long apart (seconds, doubled each time) a connection is tried again."""
 
-    attempts: int = 6
+    attempts: int = 18
     first: float = 0.2
-    longest: float = 15.0
+    longest: float = 1.0
 
     def delay(self, failures: int) -> float:
         """Seconds to wait after so many failures in a row, up to a half more at random: clients come back apart."""

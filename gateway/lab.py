@@ -80,7 +80,8 @@ class SamovarWebSocketConnection(BaseKernelWebsocketConnection):
             self._to_page,
             numbered=self._numbered,
             position=self._positions.get(self._key, ""),
-            retries=Retries(client.gateway_retry_max + 1, 0.2, client.gateway_retry_interval_max),
+            # For about as long as jupyter_server's own would try, but each second: who waits sees a gateway come back.
+            retries=Retries(3 * (client.gateway_retry_max + 1), 0.2, min(1.0, client.gateway_retry_interval_max)),
         )
         self._task = asyncio.create_task(self._run(self._socket), name=f"websocket of kernel {self.kernel_id}")
         self._running.add(self._task)

@@ -226,3 +226,17 @@ def the_gateway_away(lab: Lab) -> Iterator[None]:
     yield
     if lab.gateway is not None:
         lab.gateway.start()
+
+
+@pytest.mark.parametrize("lab", ["remote"], indirect=True)
+def test_a_kernel_that_dies_again_and_again_says_why_in_a_dialog(lab: Lab, notebook: NotebookPage) -> None:
+    """After its fifth restart it stays dead: the dialog has our reason, and the page does not come back for ever."""
+    write_notebook(lab.root / "dying.ipynb", *["import os, time; time.sleep(0.2); os._exit(7)"] * 6)
+    notebook.open("dying.ipynb")
+    for number in range(6):
+        notebook.start(number)
+        notebook.wait_for_text(number, "exit code 7")
+        notebook.confirm("Kernel Restarting" if number < 5 else "ended with exit code 7. It died 6 times in a row.")
+    connections = lab.server.log.read_text().count("Connecting to kernel")
+    time.sleep(2.0)
+    assert lab.server.log.read_text().count("Connecting to kernel") == connections
