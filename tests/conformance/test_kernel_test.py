@@ -9,6 +9,7 @@ import jupyter_kernel_test  # not its classes: pytest would collect them here
 import pytest
 
 from tests.conformance.conftest import Place
+from tests.waiting import until
 
 pytestmark = pytest.mark.conformance
 
@@ -55,6 +56,12 @@ class SandboxWelcomeTests(jupyter_kernel_test.IopubWelcomeTests):
 
     kernel_name = "sandbox"
     support_iopub_welcome = True
+
+    @classmethod
+    def tearDownClass(cls) -> None:
+        # The welcome comes at once: the heartbeat's thread may not have made its socket yet, and fails behind the end.
+        until(lambda: cls.kc.hb_channel.socket is not None)
+        super().tearDownClass()
 
 
 @pytest.mark.parametrize(("tests", "count"), [(SandboxKernelTests, 12), (SandboxWelcomeTests, 1)])
