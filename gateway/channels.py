@@ -28,6 +28,8 @@ from kernelprovisioner.wire import WireError, first_of
 REPLACED = 1000
 #: What may wait for a kernel that does not read, or for the next sandbox, beside one more message.
 MAX_WAITING_BYTES = 64 * 1024 * 1024
+#: An honest kernel tells of 32 cells at most; what user code makes up beyond is nobody's.
+MAX_MADE_UP = 32
 #: How long a client's message waits for room, or for a sandbox, before somebody looks whether it still matters.
 _LOOK_SECONDS = 30.0
 #: How long the last messages may take to reach the clients when everything is closed.
@@ -178,7 +180,7 @@ class KernelChannels:
 
     def make_up(self, ended: Sequence[EndedCell]) -> None:
         """Answer cells that ended unheard; a client that has its answer already ignores another one."""
-        for cell in ended:
+        for cell in ended[-MAX_MADE_UP:]:
             self._hearing.make_up(cell)
 
     def follow(self, msg_id: str, execution_count: int | None = None) -> None:

@@ -284,6 +284,17 @@ async def test_cells_that_ended_while_no_gateway_was_there_are_answered() -> Non
         assert (errors, missed) == (["bad"], ["good", "bad"])
 
 
+async def test_a_kernel_that_tells_of_endless_cells_is_cut_short() -> None:
+    async with the_channels() as channels:
+        attach(channels, adopted=True)
+        header = {"msg_type": "execute_request", "session": "page"}
+        channels.make_up([EndedCell({**header, "msg_id": str(number)}, "ok") for number in range(1000)])
+        client = connect(channels, "page")
+        await settle()
+        told = [parent["msg_id"] for channel, _, parent, _ in client.messages if channel == "shell"]
+        assert told == [str(number) for number in range(968, 1000)]
+
+
 async def test_an_adopted_cell_whose_end_nobody_heard_ends_when_the_kernel_says_so() -> None:
     async with the_channels() as channels:
         wire = attach(channels, adopted=True)
