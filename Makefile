@@ -22,7 +22,7 @@ test: lint  ## lint, then all tests, with an own container engine (ARGS="-k word
 	@$(BIN)/python -m tests.services $(BIN)/python -m pytest $(BESIDE) $(ARGS)
 
 unit: $(VENV)/.installed-test  ## the tests that need no service, in under two minutes
-	@$(BIN)/python -m pytest tests/unit $(ARGS)
+	@$(BIN)/python -m pytest tests/unit $(BESIDE) $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## ruff and mypy --strict
 	$(BIN)/ruff check .
