@@ -30,10 +30,11 @@ _STOCK_KERNEL = "Python 3 (ipykernel)"
 _SETTLE_SECONDS = 4.0
 _PATIENCE = 60_000
 #: The page's own clock, from the click to the status bar's word.
-_WATCH = """kernel => {
+_WATCH = """([kernel, patience]) => {
   const bar = document.querySelector("#jp-main-statusbar");
-  window.measured = new Promise(resolve => {
+  window.measured = new Promise((resolve, reject) => {
     let clicked;
+    setTimeout(() => reject(new Error(`${kernel} was not idle within ${patience} ms`)), patience);
     document.addEventListener("click", () => { clicked ??= performance.now(); }, true);
     new MutationObserver(() => {
       if (clicked && bar.innerText.includes(`${kernel} | Idle`)) resolve(performance.now() - clicked);
@@ -99,7 +100,7 @@ def _click(browser: Browser, server: JupyterLab, kernel: str) -> float:
         card = page.locator('.jp-LauncherCard[data-category="Notebook"]', has_text=kernel)
         card.wait_for()
         time.sleep(_SETTLE_SECONDS)
-        page.evaluate(_WATCH, kernel)
+        page.evaluate(_WATCH, [kernel, _PATIENCE])
         card.click()
         return float(page.evaluate("measured"))
     finally:

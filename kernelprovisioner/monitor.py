@@ -17,7 +17,7 @@ from kernelprovisioner.wire import KernelWire, Message, WireError
 _TOPICS = (b"kernel.", b"stream.")
 _MAX_RUNNING = 64
 _MAX_REMEMBERED = 4096
-#: So does jupyter_client's `Session` number its messages: session, process, number.
+#: As jupyter_client's `Session` numbers its messages: session, process, number.
 _NUMBERED = re.compile(r"(.+_[0-9]+_)([0-9]{1,12})")
 #: Kernels' ids have some fifty characters; one that user code forged is not remembered.
 _MAX_ID = 256
