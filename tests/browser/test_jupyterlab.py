@@ -132,7 +132,9 @@ def test_cells_that_take_their_time(lab: Lab, notebook: NotebookPage) -> None:
     """Cut connection, reload, interrupt, restart."""
     # Our own connection loses nothing. Stock jupyter_server and JupyterLab lose what is on its way at the moment of a
     # cut: nothing is, in a pause.
-    ticks = f"pause = {0.1 if lab.way == 'remote' else 1}\n{TICKS}"
+    stock = lab.way == "remote-stock"
+    pause = 0.1 if lab.way == "remote" else 3  # a busy machine's browser is not at the tick at once
+    ticks = f"pause = {pause}\n{TICKS}"
     write_notebook(lab.root / "slow.ipynb", ticks, SLEEP, "print('x is', x)", FOR_EVER)
     notebook.open("slow.ipynb")
 
@@ -141,7 +143,7 @@ def test_cells_that_take_their_time(lab: Lab, notebook: NotebookPage) -> None:
         expect(notebook.cell(0)).not_to_contain_text("tick 39")
         notebook.wait_for_text(0, "tick 5")
         leg.cut()
-        time.sleep(2)
+        time.sleep(1 + pause)
         notebook.screenshot(f"connection-{number}-cut")
         leg.mend()
         notebook.wait_for_text(0, "all told")
@@ -156,7 +158,8 @@ def test_cells_that_take_their_time(lab: Lab, notebook: NotebookPage) -> None:
     notebook.save()
     notebook.reload()
     # The gateway tells a new page what its kernel does; jupyter_server alone leaves it in the dark until the cell ends.
-    notebook.wait_until("Unknown" if lab.copies_files else "Busy")
+    # Behind jupyter_server's own connection class a new page is told of it at times only.
+    notebook.wait_until("" if stock else "Unknown" if lab.copies_files else "Busy")
     assert [kernel["execution_state"] for kernel in lab.server.kernels()] == ["busy"]
     notebook.screenshot("reloaded")
     notebook.interrupt()
